@@ -1,0 +1,1 @@
+"""Compiled numerics shared by environments, search and algorithms: counter-based RNG, the jit helper and estimator scans."""

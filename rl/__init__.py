@@ -61,11 +61,11 @@ def load(run: "str | os.PathLike[str]") -> Any:
     return evaluation.load(Path(run))
 
 
-def make_vec(name: str, num_envs: int = 1, **options: Any) -> "VectorEnv":
-    """Many envs of this name side by side: torch tensors in and out."""
+def make_vec(name: str, num_envs: int = 1, **how: Any) -> "VectorEnv":
+    """Many envs of this name side by side, torch tensors in and out; `how` as `rl.envs.make_vec` has it."""
     from rl import envs
 
-    return envs.make_vec(name, num_envs, **options)
+    return envs.make_vec(name, num_envs, **how)
 
 
 def _merge(words: tuple[str, ...], settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ standard output carries one JSON object and nothing else; progress and messages 
 import contextlib
 import math
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import click
 
 from rl import __version__, registry
 from rl.errors import ConfigError, RunError, WrongWords
-from rl.output import clean_stdout, kinds, print_json, print_table, word
+from rl.output import clean_stdout, listed, print_json, print_table, word
 
 # Unknown options are handed on as words, so that `--lr 3e-4` can be answered with "write lr=3e-4".
 _WORDS: dict[str, Any] = {"ignore_unknown_options": True}
@@ -34,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         error.show()
         return 2
     except (click.Abort, KeyboardInterrupt) as error:
-        click.echo(f"\ninterrupted{_how_to_go_on(error)}", err=True)
+        click.echo(f"interrupted{_how_to_go_on(error.__cause__ or error)}", err=True)  # click's Abort has the interrupt as its cause
         return 130
     except RunError as error:
         click.echo(f"error: {error}", err=True)
@@ -42,7 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output (head, less) has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
-    except Exception:
+    except Exception as error:
+        if isinstance(error, ImportError) and "pip install" in str(error):  # a missing extra, and what to do about it
+            click.echo(f"error: {error}", err=True)
+            return 1
         import traceback
 
         traceback.print_exc()
@@ -181,12 +183,12 @@ def list_parts(what: str | None, as_json: bool) -> None:
         print_json(out)
         return
     if algos:
-        rows = [(a.name, kinds(a.action_kinds), kinds(a.observation_kinds), kinds(presets[a.name]), a.summary) for a in algos]
+        rows = [(a.name, listed(a.action_kinds), listed(a.observation_kinds), listed(presets[a.name]), a.summary) for a in algos]
         print_table(("algo", "actions", "observations", "presets", ""), rows)
     if envs:
         click.echo() if algos else None
         rows = [
-            (e.name, kinds((e.action_kind or "?",)), word(e.time_limit), word(e.threshold), kinds(_with_preset(e, presets)), e.summary)
+            (e.name, listed((e.action_kind or "?",)), word(e.time_limit), word(e.threshold), listed(_with_preset(e, presets)), e.summary)
             for e in envs
         ]
         print_table(("env", "actions", "limit", "threshold", "presets", ""), rows)
@@ -203,27 +205,30 @@ def env() -> None:
 @_words
 @_json
 def check(name: str, words: tuple[str, ...], as_json: bool) -> int:
-    """Look for the faults that spoil learning in silence: rl env check ENV [KEY=VALUE of the env]...
+    """Look for the faults that spoil learning in silence: rl env check ENV [KEY=VALUE]..., the words being the env's options.
 
     Exit status 1 when something fails.
     """
     with clean_stdout(as_json):
         options = _env_options(words)
-        registry.find_env(name)
-        from rl.envs.check import check_env
+        entry = registry.find_env(name)
+        from rl.envs import check as checks
 
-        findings = check_env(name, options)
+        if entry.family == "foreign":
+            findings = checks.check_env(entry.name, options)
+        else:
+            from rl.envs import make_vec
+
+            findings = checks.check_vector_env(lambda: make_vec(entry.name, 1, options=options))
     failed = any(finding.level == "fail" for finding in findings)
     if as_json:
-        keys = ("level", "title", "detail", "fix")
-        print_json({"env": name, "ok": not failed, "findings": [{key: getattr(finding, key) for key in keys} for finding in findings]})
+        from dataclasses import asdict
+
+        print_json({"env": entry.name, "ok": not failed, "findings": [asdict(finding) for finding in findings]})
     else:
         for finding in findings:
-            click.echo(f"{finding.level:<5} {finding.title}")
-            for text in (finding.detail, finding.fix and f"fix: {finding.fix}"):
-                if text:
-                    click.echo(f"      {text}")
-        click.echo(f"{name}: {'failed' if failed else 'ok'}")
+            click.echo(finding)
+        click.echo(f"{entry.name}: {'failed' if failed else 'ok'}")
     return int(failed)
 
 

@@ -186,7 +186,6 @@ def _resolve(given: dict[str, Any], record: Path | None) -> Resolved:
     where = f"in {path}: "
     algo_entry, env_entry = _find_parts(given, stored, where)
     _check_fit(algo_entry, env_entry)
-    _check_exists(env_entry)
 
     cls = registry.load(algo_entry.entry)
     if algo_entry.name == algo_entry.entry and hasattr(cls, "ENTRY"):  # named as module:Class: now it can say what it is
@@ -227,6 +226,7 @@ def _resolve(given: dict[str, Any], record: Path | None) -> Resolved:
     values["config"] = str(path) if path and not record else values["config"]
     common = slots.build(TrainConfig, values)
     _check_common(common, env_entry)
+    _check_foreign(env_entry, options)
     return Resolved(common, slots.build(module.Config, values), env_entry, algo_entry, sources)
 
 
@@ -288,23 +288,13 @@ def _check_fit(algo: AlgoEntry, env: EnvEntry) -> None:
         raise ConfigError(f"algo={algo.name} is for {' or '.join(map(str, algo.players))} player(s), env={env.name} has {env.players}")
 
 
-def _check_exists(env: EnvEntry) -> None:
-    """Whether a foreign env can be found at all; namespaces (ALE/...) are registered only by their own package."""
-    if env.family != "foreign":
-        return
-    if not env.entry.startswith("gym:"):
-        registry.load(env.entry)
-        return
-    asked = env.entry.removeprefix("gym:")
-    if "/" in asked or ":" in asked:
-        return
-    import gymnasium
-
-    ids = list(gymnasium.registry)
-    if asked not in ids and not any(known.startswith(f"{asked}-v") for known in ids):
-        ours = [entry.name for entry in registry.envs()]
-        near = registry.nearest(re.sub(r"-v\d+$", "", asked), ours) or registry.nearest(asked, ids)
-        raise UnknownName(f"unknown env {env.name!r}: neither the suite nor Gymnasium has it{near}")
+def _check_foreign(env: EnvEntry, options: Mapping[str, Any]) -> None:
+    """Whether a foreign env exists, takes these options, and has the packages it needs; the env itself is not made."""
+    if env.family == "foreign":
+        try:
+            registry.load("rl.envs.foreign:resolve_foreign")(env.entry, dict(options))
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
 
 
 def _check_common(common: TrainConfig, env: EnvEntry) -> None:

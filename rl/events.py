@@ -30,6 +30,7 @@ class Crc32c:
         for _ in range(8):
             row = np.where(row & np.uint32(1), (row >> np.uint32(1)) ^ _POLYNOMIAL, row >> np.uint32(1)).astype(np.uint32)
         self._table = row[None]
+        self._offsets = np.zeros(1, np.intp)  # where each byte's row begins in the flat table, for a message as long as the table
 
     def __call__(self, message: bytes) -> int:
         n = len(message)  # at least 4
@@ -37,7 +38,7 @@ class Crc32c:
             self._grow(max(n, 2 * len(self._table)))
         data = np.frombuffer(message, np.uint8).astype(np.intp)
         data[:4] ^= 0xFF  # the same as starting from the state 0xFFFFFFFF
-        data += np.arange((n - 1) * 256, -1, -256)
+        data += self._offsets[-n:]
         return int(np.bitwise_xor.reduce(self._table.reshape(-1)[data])) ^ 0xFFFFFFFF
 
     def _grow(self, n: int) -> None:
@@ -46,6 +47,7 @@ class Crc32c:
         while len(rows) < n:  # one more zero byte behind
             rows.append((rows[-1] >> np.uint32(8)) ^ first[rows[-1] & np.uint32(0xFF)])
         self._table = np.stack(rows)
+        self._offsets = np.arange((n - 1) * 256, -1, -256, dtype=np.intp)
 
 
 _crc32c = Crc32c()
@@ -77,6 +79,7 @@ class EventFile:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._heads: dict[str, bytes] = {}
+        self._lengths: dict[int, bytes] = {}  # a record's first two parts, by its length
         # Readers take files in order of name, so a resumed run's file must sort behind the earlier ones, even within a second.
         stamps = [int(path.name.split(".")[3]) for path in folder.glob("events.out.tfevents.*") if path.name.split(".")[3].isdigit()]
         stamp = max([int(time.time()), *(last + 1 for last in stamps)])
@@ -109,5 +112,8 @@ class EventFile:
 
     def _write(self, what: bytes, step: int | None) -> None:
         event = b"\x09" + struct.pack("<d", time.time()) + (b"" if step is None else b"\x10" + _varint(step)) + what
-        length = struct.pack("<Q", len(event))
-        self._file.write(length + _masked(_crc32c(length)) + event + _masked(_crc32c(event)))
+        frame = self._lengths.get(len(event))
+        if frame is None:
+            length = struct.pack("<Q", len(event))
+            frame = self._lengths[len(event)] = length + _masked(_crc32c(length))
+        self._file.write(frame + event + _masked(_crc32c(event)))

@@ -23,11 +23,13 @@ def word(value: Any) -> str:
     return str(value)
 
 
-def kinds(kinds: Sequence[str]) -> str:
-    return ", ".join(kind.replace("_", "-") for kind in kinds)
+def listed(names: Sequence[str]) -> str:
+    """Names in one cell of a table."""
+    return ", ".join(name.replace("_", "-") for name in names)
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Columns as wide as their widest cell."""
     table = [list(header), *map(list, rows)]
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
     for row in table:
@@ -35,6 +37,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def print_json(value: Any) -> None:
+    """One JSON object on standard output."""
     import json
 
     click.echo(json.dumps(_finite(value), default=_plain))

@@ -143,7 +143,7 @@ class Slots:
             raise wrong
         try:
             self._typed[key] = _plain(value)
-            typed = self._typed[key]
+            typed: Any = self._typed[key]
             if OmegaConf.is_config(typed):
                 typed = OmegaConf.to_container(typed, resolve=True)
         except (OmegaConfBaseException, ValueError, TypeError):
@@ -169,8 +169,7 @@ def describe(hint: Any) -> str:
     if choices:
         text = "one of " + ", ".join(map(str, choices))
     elif origin in (tuple, list):
-        of = describe(_item(inner)).removeprefix("a ")
-        text = f"a list such as [64,64] ({of})" if _item(inner) is int else f"a list ({of})"
+        text = {int: "a list of whole numbers such as [64,64]", float: "a list of numbers such as [0.1,0.2]"}.get(_item(inner), "a list")
     else:
         text = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", dict: "a mapping"}.get(origin, str(inner))
     return f"{text} or null" if optional else text
@@ -221,12 +220,14 @@ def _loosen(value: Any, inner: Any) -> Any:
     origin = typing.get_origin(inner) or inner
     if origin in (tuple, list):
         if isinstance(value, str):
-            value = [parse_yaml_value(part) for part in value.split(",")]
+            value = [parse_yaml_value(part) for part in value.strip("()").split(",") if part.strip()]
         elif isinstance(value, bool | int | float):
             value = [value]
         if isinstance(value, list | tuple):
             return [_loosen(part, _item(inner)) for part in value]
         return value
+    if inner is float and type(value) is int:
+        return float(value)
     if inner is int and isinstance(value, float) and value.is_integer():
         return int(value)
     if inner is int and isinstance(value, float):

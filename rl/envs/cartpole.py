@@ -19,6 +19,7 @@ import math
 import gymnasium
 import numpy as np
 
+from rl.envs import rendering
 from rl.envs.spec import Spec
 from rl.kernels.fastmath import sincos
 from rl.kernels.jit import scalar
@@ -78,6 +79,18 @@ def observe(state, obs):
         obs[k] = state[k]
 
 
+def render(state: np.ndarray) -> np.ndarray:
+    canvas = rendering.Canvas(600, 400, x=(-2.4, 2.4), y=(-1.2, 2.0))
+    x, angle = float(state[0]), float(state[2])
+    top = 0.125
+    tip = (x + 2 * _HALF_LENGTH * math.sin(angle), top + 2 * _HALF_LENGTH * math.cos(angle))
+    canvas.line((-2.4, 0.0), (2.4, 0.0), 0.012, rendering.DARK)
+    canvas.polygon([(x - 0.25, -0.125), (x + 0.25, -0.125), (x + 0.25, top), (x - 0.25, top)], rendering.BLUE)
+    canvas.line((x, top), tip, 0.08, rendering.ORANGE)
+    canvas.disc((x, top), 0.05, rendering.DARK)
+    return canvas.picture()
+
+
 _HIGH = np.array([4.8, np.inf, 2 * ANGLE_LIMIT, np.inf], np.float32)
 
 SPEC = Spec(
@@ -89,4 +102,5 @@ SPEC = Spec(
     observation_space=gymnasium.spaces.Box(-_HIGH, _HIGH, dtype=np.float32),
     action_space=gymnasium.spaces.Discrete(2),
     time_limit=500,
+    render=render,
 )

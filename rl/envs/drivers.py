@@ -196,33 +196,50 @@ def _rules(spec: Spec) -> SimpleNamespace:
     if kind == "discrete":
 
         @scalar
-        def check(i, b, action):
-            """Copy action[i] into b.action; whether it is impossible."""
+        def impossible(i, b, action):
             a = action[i]
-            b.action[i] = np.int32(a)
             return (a < 0) | (a >= b.counts[0])
-    elif kind == "multi_discrete":
 
         @scalar
         def check(i, b, action):
+            """Copy action[i] into b.action; whether it is impossible."""
+            bad = impossible(i, b, action)
+            b.action[i] = np.int32(action[i])
+            return bad
+    elif kind == "multi_discrete":
+
+        @scalar
+        def impossible(i, b, action):
             bad = False
             for k in range(b.counts.shape[0]):
                 a = action[i, k]
-                b.action[i, k] = np.int32(a)
                 bad |= (a < 0) | (a >= b.counts[k])
+            return bad
+
+        @scalar
+        def check(i, b, action):
+            bad = impossible(i, b, action)
+            for k in range(b.counts.shape[0]):
+                b.action[i, k] = np.int32(action[i, k])
             return bad
     else:
 
         @scalar
-        def check(i, b, action):
+        def impossible(i, b, action):
             bad = False
             for k in range(b.low.shape[0]):
                 a = action[i, k]
                 bad |= a != a
-                b.action[i, k] = min(max(a, b.low[k]), b.high[k])
             return bad
 
-    return SimpleNamespace(begin=begin, advance=advance, finish=finish, check=check, kind=kind)
+        @scalar
+        def check(i, b, action):
+            bad = impossible(i, b, action)
+            for k in range(b.low.shape[0]):
+                b.action[i, k] = min(max(action[i, k], b.low[k]), b.high[k])
+            return bad
+
+    return SimpleNamespace(begin=begin, advance=advance, finish=finish, check=check, impossible=impossible, kind=kind)
 
 
 class CpuDrivers(NamedTuple):
@@ -233,7 +250,8 @@ class CpuDrivers(NamedTuple):
 
     `step(table, action, lo, hi)`: envs lo..hi. `many(table, actions)`: a whole [T, B, ...] array at once (-1 - (t B + i) for
     an impossible action). `begin(table, flags)`: reset the envs whose bool is set. `prange(table, action)`: like `step` for all
-    envs, on Numba's own threads. `serve(table, control, lo, hi, spins)`: a pool thread's loop, see `rl.envs.pool`.
+    envs, on Numba's own threads. `serve(table, control, lo, hi, spins)`: a pool thread's loop, see `rl.envs.pool`. `scan(table,
+    action)`: 0 where every action is possible; writes nothing.
     """
 
     step: Any
@@ -241,6 +259,7 @@ class CpuDrivers(NamedTuple):
     begin: Any
     prange: Any
     serve: Any
+    scan: Any
     action_type: Any  # Numba's type of the action array
 
 
@@ -248,6 +267,7 @@ def cpu_drivers(spec: Spec) -> CpuDrivers:
     """Drivers for the CPU, compiled or read from disk."""
     rules = _rules(spec)
     advance, finish, begin, check = rules.advance, rules.finish, rules.begin, rules.check
+    impossible = rules.impossible
     unpack = _unpacker(spec)
     action_type = np.float32 if rules.kind == "continuous" else np.int64
     width = int(np.prod(layouts(spec)["action"].shape, dtype=np.int64))
@@ -385,6 +405,21 @@ def cpu_drivers(spec: Spec) -> CpuDrivers:
             store_release(control + 16, done)
         return 0
 
+    @driver
+    def scan(table, action):
+        head = carray(as_pointer(table), (3,), np.int64)
+        if action.size != head[0] * width:
+            return WRONG_SHAPE
+        b = unpack(table)
+        bad = False
+        for i in range(np.uint64(head[0])):
+            bad |= impossible(i, b, action)
+        if bad:
+            for i in range(np.uint64(head[0])):
+                if impossible(i, b, action):
+                    return -1 - np.int64(i)
+        return 0
+
     # Compiled for just these types (from disk, mostly). A call with an array of another dtype, rank or layout is then a
     # TypeError, which `NativeVecEnv` takes as its cue to convert.
     number, kind = numba.types.int64, numba.from_dtype(np.dtype(action_type))
@@ -396,6 +431,7 @@ def cpu_drivers(spec: Spec) -> CpuDrivers:
         fix(begin_flagged, (number, numba.types.Array(numba.types.boolean, 1, "C"))),
         _Lazy(step_prange, (number, one)),
         _Lazy(serve, (number,) * 5),
+        _Lazy(scan, (number, one)),
         one,
     )
 

@@ -85,10 +85,14 @@ class ThreadPool:
                 self._wake[k].set()
 
     def step(self, action: np.ndarray) -> int:
-        """Step all envs; the number of episodes ended, or -1 - i for an impossible action i (of the first block that has one)."""
+        """Step all envs; the number of episodes ended, or -1 - i for an impossible action i, in which case none has moved."""
         if action.size != self._size:
             return WRONG_SHAPE
-        self._publish(self._address, self._helpers, self._ticket + 1, action)  # TypeError for an array of another type
+        # Looked through here and not by each thread in its block: one must not move while another finds something wrong.
+        refused = self._drivers.scan(self._table, action)  # TypeError for an array of another type
+        if refused < 0:
+            return refused
+        self._publish(self._address, self._helpers, self._ticket + 1, action)
         self._ticket += 1
         for k in range(self._helpers):
             if self._asleep[k]:

@@ -1,6 +1,7 @@
 """`NativeVecEnv`: B copies of a compiled env, stepped together; torch tensors in and out on the env's device."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -80,6 +81,10 @@ class NativeVecEnv:
         limit = spec.time_limit if time_limit == "spec" else time_limit
         if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or not 1 <= limit < _NO_LIMIT):
             raise ValueError(f"time_limit must be a number of steps from 1, or None, got {time_limit!r}")
+        self._made_with = {
+            "device": device, "seed": seed, "threads": threads, "backend": backend, "autoreset": autoreset,
+            "time_limit": time_limit, "first_index": first_index,
+        }  # fmt: skip
         self.spec = spec
         self.name = spec.name
         self.num_envs = num_envs
@@ -116,7 +121,10 @@ class NativeVecEnv:
         elif self.backend == "python":
             self._python = _drivers.python_drivers(spec)
             limit = self.time_limit or _NO_LIMIT
-            self._advance = lambda action: self._python.step(self._arrays(), action, limit, self._mode)
+            size = self._action_shape.numel()
+            self._advance = lambda action: (
+                self._python.step(self._arrays(), action, limit, self._mode) if action.size == size else _drivers.WRONG_SHAPE
+            )
         else:
             self._init_cpu(threads)
 
@@ -176,11 +184,8 @@ class NativeVecEnv:
         self.ended = None
 
     def _set_seed(self, seed: int) -> None:
-        if not isinstance(seed, int | np.integer) or isinstance(seed, bool):
-            raise TypeError(f"seed must be an int, got {type(seed).__name__}")
-        if not 0 <= seed < 2**64:
-            raise ValueError(f"seed must be in [0, 2**64), got {seed}")
-        self._seed = int(seed)
+        seed = _check_seed(seed)
+        self._seed = seed
         words = torch.tensor([seed & 0xFFFFFFFF, seed >> 32], dtype=torch.int64).to(torch.uint32)
         self._tensors["seed"].copy_(words.to(self.device).expand(self.num_envs, 2))
         index = torch.arange(self.first_index, self.first_index + self.num_envs, dtype=torch.int64)
@@ -196,15 +201,32 @@ class NativeVecEnv:
         self.reset_envs(torch.ones(self.num_envs, dtype=torch.bool, device=self.device))
         return self.obs
 
-    def reset_each(self, seeds: list[int]) -> torch.Tensor:
-        """Start B new episodes, env i from `seeds[i]` as if it were the only env of that seed: obs [B, ...]."""
+    def reset_each(self, seeds: Sequence[int | None], mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Start new episodes, env i from `seeds[i]` as if it were the only env of that seed: obs [B, ...].
+
+        Where `mask` [B] bool is not set, the env is left alone; where the seed is None, its own stream goes on. All envs share one
+        clock: only when all get a seed does it start anew, and with it all that follows (else just the first state is the seed's).
+        """
         if len(seeds) != self.num_envs:
             raise ValueError(f"got {len(seeds)} seeds for {self.num_envs} envs")
-        self._set_seed(0)
-        words = torch.tensor([[s & 0xFFFFFFFF, s >> 32] for s in seeds], dtype=torch.int64).to(torch.uint32)
-        self._tensors["seed"].copy_(words.to(self.device))
-        self._tensors["index"].zero_()
-        return self.reset()
+        chosen = torch.ones(self.num_envs, dtype=torch.bool) if mask is None else mask.cpu()
+        seeded = torch.tensor([s is not None for s in seeds]) & chosen
+        for s in seeds:
+            _check_seed(s or 0)
+        if not seeded.any():
+            return self.reset_envs(chosen)
+        t = self._tensors
+        words = torch.tensor([[(s or 0) & 0xFFFFFFFF, (s or 0) >> 32] for s in seeds], dtype=torch.int64)
+        old = t["seed"].cpu().to(torch.int64)
+        t["seed"].copy_(torch.where(seeded[:, None], words, old).to(torch.uint32))
+        t["index"].copy_(t["index"].cpu().to(torch.int64).masked_fill(seeded, 0).to(torch.uint32))
+        clock = t["clock"].clone()
+        t["clock"].zero_()
+        self.reset_envs(seeded)
+        if not seeded.all():
+            t["clock"].copy_(clock)
+            self.reset_envs(chosen & ~seeded)
+        return self.obs
 
     def reset_envs(self, mask: torch.Tensor) -> torch.Tensor:
         """Start new episodes in the envs where `mask` [B] bool is set; obs [B, ...] of all."""
@@ -316,27 +338,42 @@ class NativeVecEnv:
 
     def state_dict(self) -> dict[str, Any]:
         """All there is to the B envs, copied: tensors by name and the settings they belong to."""
-        tensors = {name: t.clone() for name, t in self._tensors.items() if name not in ("low", "high", "counts")}
         return {
             "name": self.name,
             "num_envs": self.num_envs,
             "autoreset": self.autoreset,
             "time_limit": self.time_limit,
             "begun": self._begun,
-            "tensors": tensors,
+            "tensors": {name: t.clone() for name, t in self._saved().items()},
         }
+
+    def _saved(self) -> dict[str, torch.Tensor]:
+        return {name: t for name, t in self._tensors.items() if name not in ("low", "high", "counts")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore exactly. ValueError if `state` belongs to another env, batch size, autoreset mode or time limit."""
         for key in ("name", "num_envs", "autoreset", "time_limit"):
             if state[key] != getattr(self, key):
                 raise ValueError(f"the saved env has {key}={state[key]!r}, this one {getattr(self, key)!r}")
-        for name, tensor in state["tensors"].items():
-            mine = self._tensors[name]
+        tensors = state["tensors"]
+        for name, mine in self._saved().items():  # all looked at before the first is written
+            if name not in tensors:
+                raise ValueError(f"the saved env has no {name}")
+            tensor = tensors[name]
             if mine.shape != tensor.shape or mine.dtype != tensor.dtype:
                 raise ValueError(f"saved {name} is {tensor.dtype} {list(tensor.shape)}, expected {mine.dtype} {list(mine.shape)}")
-            mine.copy_(tensor)
+        for name, mine in self._saved().items():
+            mine.copy_(tensors[name])
         self._begun = bool(state["begun"])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "NativeVecEnv":
+        # Copying the attributes one by one would give an env whose drivers still move this one's memory.
+        other = NativeVecEnv(self.spec, self.num_envs, **self._made_with)
+        other.load_state_dict(self.state_dict())
+        return other
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an env cannot be pickled: make it where it is needed, and carry its state_dict() over")
 
     def close(self) -> None:
         if self._pool is not None:
@@ -349,6 +386,14 @@ class NativeVecEnv:
 
     def __repr__(self) -> str:
         return f"NativeVecEnv({self.name}, num_envs={self.num_envs}, device={str(self.device)!r}, backend={self.backend!r})"
+
+
+def _check_seed(seed: Any) -> int:
+    if not isinstance(seed, int | np.integer) or isinstance(seed, bool):
+        raise TypeError(f"seed must be an int, got {type(seed).__name__}")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be in [0, 2**64), got {seed}")
+    return int(seed)
 
 
 _CPU_DRIVERS: dict[int, tuple[Spec, _drivers.CpuDrivers]] = {}

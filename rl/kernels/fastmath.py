@@ -94,7 +94,7 @@ def tanh(x):
 def wrap_angle(x):
     """The float32 angle in [-pi, pi) that equals x modulo 2 pi: ((x + pi) % (2 pi)) - pi as in Gymnasium's pendulum.
 
-    Error (as an angle, on the circle) below 2.4e-7 for |x| <= 1000 and 4e-7 for |x| <= 8192.
+    Error (as an angle, on the circle) below 4e-7 for |x| <= 8192.
     """
     q = (x * _ONE_OVER_TWO_PI + _ROUND) - _ROUND
     r = ((x - q * _TWO_PI_1) - q * _TWO_PI_2) - q * _TWO_PI_3

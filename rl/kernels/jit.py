@@ -25,6 +25,7 @@ __all__ = ["address_of", "as_pointer", "cache_dir", "driver", "fingerprint", "lo
 
 # `error_model="numpy"`: a division yields inf or nan instead of a branch to an exception, so that loops vectorise.
 _OPTIONS: dict[str, Any] = {"error_model": "numpy"}
+_DIGEST = 32  # bytes of SHA-256 before the content of a cache file
 
 
 def scalar(function: Any) -> Any:
@@ -106,11 +107,7 @@ def _describe_code(code: pytypes.CodeType, function: pytypes.FunctionType, parts
             parts.append(f"global {name}")
             value = function.__globals__[name]
             if isinstance(value, pytypes.ModuleType):
-                parts.append(value.__name__)
-                for attribute in code.co_names:  # `rng.uniform`: every name of this code that the module has
-                    found = vars(value).get(attribute)
-                    if isinstance(found, Dispatcher | bool | int | float | np.generic | np.ndarray):
-                        _describe(found, parts, seen)
+                _describe_module(value, code.co_names, parts, seen, set())
             else:
                 _describe(value, parts, seen)
         else:
@@ -118,6 +115,20 @@ def _describe_code(code: pytypes.CodeType, function: pytypes.FunctionType, parts
     for const in code.co_consts:
         if isinstance(const, pytypes.CodeType):
             _describe_code(const, function, parts, seen)
+
+
+def _describe_module(module: pytypes.ModuleType, names: tuple[str, ...], parts: list[str], seen: set[int], visited: set[str]) -> None:
+    """For `rng.uniform` or `pkg.rng.uniform`: every name of the code that the module has, or that a module in it has."""
+    visited.add(module.__name__)
+    parts.append(module.__name__)
+    for name in names:
+        found = getattr(module, name, None)
+        if isinstance(found, pytypes.ModuleType):
+            if found.__name__ not in visited:
+                _describe_module(found, names, parts, seen, visited)
+        elif isinstance(found, Dispatcher | bool | int | float | tuple | np.generic | np.ndarray) or hasattr(found, "_defn"):
+            parts.append(f"attribute {name}")
+            _describe(found, parts, seen)
 
 
 class _ContentCache:
@@ -132,14 +143,19 @@ class _ContentCache:
     def _file(self, sig: Any, codegen: Any) -> Path:
         if self._content is None:
             self._content = fingerprint(self._dispatcher)
-        key = (str(sig), codegen.magic_tuple(), numba.__version__, sys.version_info[:2], self._content)
+        # The name of a function's type holds its address, which another function may have in another process.
+        described = [fingerprint(t.dispatcher) if isinstance(t, types.Dispatcher) else str(t) for t in getattr(sig, "args", sig)]
+        key = (described, codegen.magic_tuple(), numba.__version__, sys.version_info[:2], self._content)
         name = f"{self._dispatcher.py_func.__name__}-{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.nbc"
         return Path(self.cache_path) / name
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         target_context.refresh()
         try:
-            data = self._file(sig, target_context.codegen()).read_bytes()
+            raw = self._file(sig, target_context.codegen()).read_bytes()
+            digest, data = raw[:_DIGEST], raw[_DIGEST:]
+            if hashlib.sha256(data).digest() != digest:  # a damaged page would run as machine code
+                raise ValueError("damaged cache file")
             # The folder is the user's own (mode 0700) and only this class writes there; Numba's own cache does the same.
             result = compiler.CompileResult._rebuild(target_context, *pickle.loads(data))
         except Exception:  # missing, torn or from elsewhere: compile and write it anew
@@ -155,7 +171,8 @@ class _ContentCache:
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             temporary = path.with_suffix(f".{os.getpid()}.tmp")
-            temporary.write_bytes(serialize.dumps(data._reduce()))
+            body = serialize.dumps(data._reduce())
+            temporary.write_bytes(hashlib.sha256(body).digest() + body)
             os.replace(temporary, path)
         except OSError:
             return  # a read-only home: compile in every process, as without a cache

@@ -9,7 +9,7 @@ All take the same words (see `rl.types`), float32 except `boundary`:
     boundary    [T, B]  bool, terminated | truncated: what is in row t+1 belongs to another episode
 
 At a boundary the recursion is cut and bootstraps from `next_value`, which `discount` makes nothing of at a termination. The last
-row is cut likewise. Whatever stands beyond a cut is never read into the result, not even NaN.
+row is cut likewise. Rows beyond a cut never reach the result, not even a NaN in them.
 
 Returned are float32 tensors on the inputs' device, which carry no gradient. The sums run in float32: after n steps the relative
 error is of the order of n * 6e-8, and at most that times 1 / (1 - gamma * lambda) over the size of one term.
@@ -136,78 +136,70 @@ def _vtrace_cpu(rho, reward, value, next_value, discount, boundary, lam, clip_rh
             target[t, i] = following[i]
 
 
-# ---- CUDA. Kept in a function, so that numba.cuda is imported only when a CUDA tensor arrives.
+# ---- CUDA. Plain functions here: `_cuda_kernel` compiles them, and only then is numba.cuda imported.
+
+cuda: Any = None  # numba.cuda from then on
 
 
-@functools.cache
-def cuda_sources() -> dict[str, Callable[..., None]]:
-    """The CUDA kernels as plain Python functions by name, with their CPU twins' arguments; for `cuda.jit` and for tests."""
-    from numba import cuda
-
-    def gae(reward, value, next_value, discount, boundary, lam, out):
-        steps, envs = reward.shape
-        i = cuda.grid(1)
-        if i < envs:
-            following = _ZERO
-            for t in range(steps - 1, -1, -1):
-                cut = boundary[t, i] | (t == steps - 1)
-                following = _gae_step(reward[t, i], value[t, i], next_value[t, i], discount[t, i], cut, lam, following)
-                out[t, i] = following
-
-    def discounted(reward, next_value, discount, boundary, out):
-        steps, envs = reward.shape
-        i = cuda.grid(1)
-        if i < envs:
-            following = _ZERO
-            for t in range(steps - 1, -1, -1):
-                cut = boundary[t, i] | (t == steps - 1)
-                following = _discounted_step(reward[t, i], next_value[t, i], discount[t, i], cut, following)
-                out[t, i] = following
-
-    def lambda_(reward, next_value, discount, boundary, lam, out):
-        steps, envs = reward.shape
-        i = cuda.grid(1)
-        if i < envs:
-            following = _ZERO
-            for t in range(steps - 1, -1, -1):
-                cut = boundary[t, i] | (t == steps - 1)
-                following = _lambda_step(reward[t, i], next_value[t, i], discount[t, i], cut, lam, following)
-                out[t, i] = following
-
-    def nstep(reward, next_value, discount, boundary, n, out):  # one thread per element: windows do not depend on each other
-        steps, envs = reward.shape
-        element = cuda.grid(1)
-        if element < steps * envs:
-            t = element // envs
-            i = element - t * envs
-            end = min(t + n, steps) - 1
-            following = _ZERO
-            for k in range(end, t - 1, -1):
-                cut = boundary[k, i] | (k == end)
-                following = _discounted_step(reward[k, i], next_value[k, i], discount[k, i], cut, following)
+def _gae_cuda(reward, value, next_value, discount, boundary, lam, out):
+    steps, envs = reward.shape
+    i = cuda.grid(1)
+    if i < envs:
+        following = _ZERO
+        for t in range(steps - 1, -1, -1):
+            cut = boundary[t, i] | (t == steps - 1)
+            following = _gae_step(reward[t, i], value[t, i], next_value[t, i], discount[t, i], cut, lam, following)
             out[t, i] = following
 
-    def vtrace(rho, reward, value, next_value, discount, boundary, lam, clip_rho, clip_c, clip_pg_rho, target, advantage):
-        steps, envs = reward.shape
-        i = cuda.grid(1)
-        if i < envs:
-            following = _ZERO
-            for t in range(steps - 1, -1, -1):
-                beyond = next_value[t, i] if boundary[t, i] | (t == steps - 1) else following
-                advantage[t, i] = _vtrace_advantage(rho[t, i], reward[t, i], value[t, i], discount[t, i], clip_pg_rho, beyond)
-                following = _vtrace_target(
-                    rho[t, i], reward[t, i], value[t, i], next_value[t, i], discount[t, i], lam, clip_rho, clip_c, beyond
-                )
-                target[t, i] = following
 
-    return {"gae": gae, "discounted": discounted, "lambda": lambda_, "nstep": nstep, "vtrace": vtrace}
+def _discounted_cuda(reward, next_value, discount, boundary, out):
+    steps, envs = reward.shape
+    i = cuda.grid(1)
+    if i < envs:
+        following = _ZERO
+        for t in range(steps - 1, -1, -1):
+            cut = boundary[t, i] | (t == steps - 1)
+            following = _discounted_step(reward[t, i], next_value[t, i], discount[t, i], cut, following)
+            out[t, i] = following
 
 
-@functools.cache
-def _cuda_kernel(name: str) -> Any:
-    from numba import cuda
+def _lambda_cuda(reward, next_value, discount, boundary, lam, out):
+    steps, envs = reward.shape
+    i = cuda.grid(1)
+    if i < envs:
+        following = _ZERO
+        for t in range(steps - 1, -1, -1):
+            cut = boundary[t, i] | (t == steps - 1)
+            following = _lambda_step(reward[t, i], next_value[t, i], discount[t, i], cut, lam, following)
+            out[t, i] = following
 
-    return cuda.jit(cuda_sources()[name])
+
+def _nstep_cuda(reward, next_value, discount, boundary, n, out):  # one thread per element: windows do not depend on each other
+    steps, envs = reward.shape
+    element = cuda.grid(1)
+    if element < steps * envs:
+        t = element // envs
+        i = element - t * envs
+        end = min(t + n, steps) - 1
+        following = _ZERO
+        for k in range(end, t - 1, -1):
+            cut = boundary[k, i] | (k == end)
+            following = _discounted_step(reward[k, i], next_value[k, i], discount[k, i], cut, following)
+        out[t, i] = following
+
+
+def _vtrace_cuda(rho, reward, value, next_value, discount, boundary, lam, clip_rho, clip_c, clip_pg_rho, target, advantage):
+    steps, envs = reward.shape
+    i = cuda.grid(1)
+    if i < envs:
+        following = _ZERO
+        for t in range(steps - 1, -1, -1):
+            beyond = next_value[t, i] if boundary[t, i] | (t == steps - 1) else following
+            advantage[t, i] = _vtrace_advantage(rho[t, i], reward[t, i], value[t, i], discount[t, i], clip_pg_rho, beyond)
+            following = _vtrace_target(
+                rho[t, i], reward[t, i], value[t, i], next_value[t, i], discount[t, i], lam, clip_rho, clip_c, beyond
+            )
+            target[t, i] = following
 
 
 _CPU_KERNELS: dict[str, Any] = {
@@ -217,6 +209,22 @@ _CPU_KERNELS: dict[str, Any] = {
     "nstep": _nstep_cpu,
     "vtrace": _vtrace_cpu,
 }
+
+_CUDA_KERNELS: dict[str, Callable[..., None]] = {
+    "gae": _gae_cuda,
+    "discounted": _discounted_cuda,
+    "lambda": _lambda_cuda,
+    "nstep": _nstep_cuda,
+    "vtrace": _vtrace_cuda,
+}
+
+
+@functools.cache
+def _cuda_kernel(name: str) -> Any:
+    global cuda
+    from numba import cuda
+
+    return cuda.jit(_CUDA_KERNELS[name])
 
 
 def _run(name: str, tensors: list[Tensor], numbers: tuple[Any, ...], outputs: int, threads: int) -> list[Tensor]:
@@ -229,14 +237,13 @@ def _run(name: str, tensors: list[Tensor], numbers: tuple[Any, ...], outputs: in
     if device.type == "cpu":
         _CPU_KERNELS[name](*(x.numpy() for x in tensors), *numbers, *(x.numpy() for x in results))
         return results
-    from numba import cuda
-
+    kernel = _cuda_kernel(name)
     with torch.cuda.device(device):
         # sync=False: the inputs were made on this same stream, which is order enough.
         arrays = [cuda.as_cuda_array(x, sync=False) for x in (*tensors, *results)]
         stream = cuda.external_stream(torch.cuda.current_stream().cuda_stream)
         blocks = (threads + _CUDA_THREADS - 1) // _CUDA_THREADS
-        _cuda_kernel(name)[blocks, _CUDA_THREADS, stream](*arrays[: len(tensors)], *numbers, *arrays[len(tensors) :])
+        kernel[blocks, _CUDA_THREADS, stream](*arrays[: len(tensors)], *numbers, *arrays[len(tensors) :])
     return results
 
 
@@ -346,7 +353,7 @@ def vtrace(
     All [T, B]; boundary bool, the rest float32; lam in [0, 1], the clips positive. Returns (vs, advantage), both [T, B] float32.
     ValueError on a mismatch.
     """
-    _check(log_rho=log_rho, reward=reward, value=value, next_value=next_value, discount=discount, boundary=boundary)
+    _check(reward=reward, log_rho=log_rho, value=value, next_value=next_value, discount=discount, boundary=boundary)
     numbers = (
         _unit_interval("lam", lam),
         _clip("clip_rho", clip_rho),

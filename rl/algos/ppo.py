@@ -1,0 +1,366 @@
+"""PPO: proximal policy optimisation with clipping.
+
+Schulman, Wolski, Dhariwal, Radford, Klimov, "Proximal Policy Optimization Algorithms", arXiv:1707.06347, 2017.
+
+    r = pi(a|s) / pi_old(a|s)                                           ratio
+    L_policy = -mean min(r A, clip(r, 1 - eps, 1 + eps) A)              eq. 7
+    L_value  = mean 1/2 (V(s) - R)^2,   R = A_GAE + V_old               eq. 9, GAE: arXiv:1506.02438 eq. 16
+    L = L_policy + c_v L_value - c_e H[pi]
+
+What decides whether it works is in Huang et al., "The 37 Implementation Details of Proximal Policy Optimization" (ICLR blog
+track, 2022); numbers below are theirs.
+
+Deviations from the paper:
+1. Advantages are normalised per minibatch (detail 7); the global gradient norm is clipped (11); orthogonal initialisation (2);
+   Adam's epsilon is 1e-5 (3).
+2. An episode cut by a time limit is bootstrapped from the value of its last observation; their code, and the paper's, treats
+   it as a termination.
+3. Value clipping (9) is off by default: Engstrom et al. 2020 and Andrychowicz et al. 2021 find no benefit.
+4. Running statistics of observations and rewards change between rollouts, not within one, so that the first minibatch of the
+   first epoch has a ratio of exactly 1.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium
+import torch
+from torch import Tensor, nn
+
+from rl.algos.ppo_fused import FusedPPO
+from rl.distributions import Distribution, distribution, head_size
+from rl.kernels.actor_critic import TwinMLP
+from rl.kernels.returns import gae
+from rl.networks import ConvEncoder, is_image, mlp, orthogonal
+from rl.normalize import RewardNorm, RunningNorm
+from rl.optim import FlatAdam
+from rl.rollout import RolloutBatch
+from rl.types import Act
+
+
+@dataclass(frozen=True)
+class Config:
+    """Hyperparameters; counts are env steps unless a unit is named."""
+
+    rollout_steps: int = 128
+    """Steps of each env between two updates, env steps per env."""
+    epochs: int = 4
+    """Passes over a rollout, count."""
+    minibatches: int = 4
+    """Parts a rollout is shuffled into for each epoch, count; with an LSTM it is the envs that are parted."""
+    lr: float = 2.5e-4
+    """Adam's learning rate."""
+    anneal_lr: bool = True
+    """Lower the learning rate linearly to 0 over the run."""
+    gamma: float = 0.99
+    """Discount factor per env step."""
+    gae_lambda: float = 0.95
+    """Lambda of generalised advantage estimation."""
+    clip: float = 0.2
+    """Epsilon of the policy's clipping, a ratio."""
+    anneal_clip: bool = False
+    """Lower the clipping range linearly to 0 over the run."""
+    value_clip: float | None = None
+    """Clip the value's change to this much per update, in units of value; none: no clipping."""
+    value_coef: float = 0.5
+    """Weight of the value loss."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    max_grad_norm: float = 0.5
+    """Largest global norm of a gradient."""
+    target_kl: float | None = None
+    """Stop an update's epochs once the mean KL divergence from the old policy exceeds 1.5 times this, nats; none: never."""
+    normalize_advantage: bool = True
+    """Give advantages mean 0 and standard deviation 1 in every minibatch."""
+    normalize_obs: bool = False
+    """Scale vector observations by their running mean and standard deviation."""
+    normalize_reward: bool = False
+    """Divide rewards by the running standard deviation of the discounted return."""
+    hidden: tuple[int, ...] = (64, 64)
+    """Widths of the hidden layers, for policy and value each (vectors), units."""
+    activation: str = "tanh"
+    """Nonlinearity between layers: tanh, relu, silu, elu, gelu."""
+    features: int = 512
+    """Width of the layer behind the convolutions (pictures), units."""
+    lstm_size: int = 0
+    """Width of an LSTM between encoder and heads, units; 0: no memory."""
+    log_std_init: float = 0.0
+    """First logarithm of the standard deviation of continuous actions."""
+    fused: bool = True
+    """Small tanh networks on the CPU: use the loss's derivative written out by hand, five times faster than autograd."""
+
+
+class ActorCritic(nn.Module):
+    """Policy and value: separate networks on vectors; shared convolutions on pictures; with an LSTM a shared body."""
+
+    def __init__(self, obs_space: gymnasium.Space, action_space: gymnasium.Space, config: Config, generator: torch.Generator):
+        super().__init__()
+        self.lstm_size = config.lstm_size
+        outputs = head_size(action_space)
+        if is_image(obs_space):
+            self.encoder = ConvEncoder(obs_space, config.features, generator)  # type: ignore[arg-type]
+            width, hidden = config.features, ()
+        else:
+            width, hidden = int(torch.Size(obs_space.shape or (1,)).numel()), config.hidden
+            self.encoder = nn.Flatten(-len(obs_space.shape or (1,))) if obs_space.shape and len(obs_space.shape) > 1 else nn.Identity()
+        self.lstm = None
+        if config.lstm_size:
+            if hidden:
+                body = mlp((width, *hidden), config.activation, 2.0**0.5, generator)
+                self.encoder = nn.Sequential(self.encoder, body, nn.Tanh())
+                width = hidden[-1]
+            self.lstm = nn.LSTM(width, config.lstm_size)
+            for name, weight in self.lstm.named_parameters():
+                nn.init.orthogonal_(weight, 1.0, generator=generator) if "weight" in name else nn.init.zeros_(weight)
+            width, hidden = config.lstm_size, ()
+        # Gain .01: the first policy is nearly uniform (detail 2).
+        self.actor = mlp((width, *hidden, outputs), config.activation, 0.01, generator)
+        self.critic = mlp((width, *hidden, 1), config.activation, 1.0, generator)
+        self.log_std = None
+        if isinstance(action_space, gymnasium.spaces.Box):
+            self.log_std = nn.Parameter(torch.full((outputs,), config.log_std_init))
+
+    def forward(self, obs: Tensor, state: Tensor | None = None, going: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Policy output [..., head_size], value [...] and the next recurrent state.
+
+        Without an LSTM obs is [N, ...]. With one it is [T, B, ...], `state` [B, 2, H] is the memory before row 0, and `going`
+        [T, B] is 0 where a row is the first of an episode; the state returned is that after every row, [T, B, 2, H].
+        """
+        x = self.encoder(obs)
+        states = None
+        if self.lstm is not None:
+            assert state is not None
+            h, c = state[:, 0].unsqueeze(0).contiguous(), state[:, 1].unsqueeze(0).contiguous()
+            rows, kept = [], []
+            for t in range(x.shape[0]):
+                if going is not None:
+                    keep = going[t].view(1, -1, 1)
+                    h, c = h * keep, c * keep
+                y, (h, c) = self.lstm(x[t : t + 1], (h, c))
+                rows.append(y)
+                kept.append(torch.stack((h[0], c[0]), 1))
+            x, states = torch.cat(rows), torch.stack(kept)
+        return self.actor(x), self.critic(x).squeeze(-1), states
+
+
+def loss(
+    log_prob: Tensor, old_log_prob: Tensor, entropy: Tensor, value: Tensor, old_value: Tensor, advantage: Tensor, target: Tensor,
+    clip: Tensor, config: Config,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """PPO's loss over N samples, all [N] float32 (`clip` 0-d): the scalar to descend, and six figures [6] to watch.
+
+    The figures: policy loss, value loss, entropy, approximate KL (Schulman's k3: mean (r - 1) - log r), share of clipped
+    samples, largest |r - 1|.
+    """
+    if config.normalize_advantage and advantage.numel() > 1:
+        advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+    log_ratio = log_prob - old_log_prob
+    ratio = log_ratio.exp()
+    policy = -torch.min(advantage * ratio, advantage * torch.clamp(ratio, 1 - clip, 1 + clip)).mean()
+    error = (value - target).square()
+    if config.value_clip is not None:
+        clipped = old_value + (value - old_value).clamp(-config.value_clip, config.value_clip)
+        error = torch.max(error, (clipped - target).square())
+    value_loss = 0.5 * error.mean()
+    mean_entropy = entropy.mean()
+    total = policy + config.value_coef * value_loss - config.entropy_coef * mean_entropy
+    with torch.no_grad():
+        off = (ratio - 1).abs()
+        figures = (policy, value_loss, mean_entropy, (ratio - 1 - log_ratio).mean(), (off > clip).float().mean(), off.max())
+        return total, torch.stack([f.detach() for f in figures])
+
+
+FIGURES = ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction", "max_ratio_error")
+
+
+class PPO:
+    """One PPO agent: networks, optimiser, normalisers and its own random numbers."""
+
+    recurrent: bool
+
+    def __init__(
+        self, obs_space: gymnasium.Space, action_space: gymnasium.Space, num_envs: int, config: Config, *,
+        seed: int = 0, device: str | torch.device = "cpu", compile: bool = False,
+    ):  # fmt: skip
+        samples = config.rollout_steps * num_envs
+        parts = num_envs if config.lstm_size else samples
+        if config.minibatches < 1 or parts < config.minibatches:
+            what = f"{num_envs} envs" if config.lstm_size else f"{samples} samples (rollout_steps x num_envs)"
+            raise ValueError(f"minibatches={config.minibatches} does not fit {what}")
+        self.config, self.device = config, torch.device(device)
+        self.action_space = action_space
+        self.recurrent = config.lstm_size > 0
+        self.num_envs = num_envs
+        init = torch.Generator().manual_seed(seed)
+        self.policy = ActorCritic(obs_space, action_space, config, init).to(self.device)
+        fused = config.fused and self.device.type == "cpu" and not compile and FusedPPO.fits(self.policy, action_space)
+        order = TwinMLP.ordered(self.policy.actor, self.policy.critic) if fused else ()
+        self.optimizer = FlatAdam(self.policy, eps=1e-5, order=order)
+        self.fused = None
+        if fused:
+            self.fused = FusedPPO(self.policy.actor, self.policy.critic, self.policy.log_std, self.optimizer, config)
+        image = is_image(obs_space)
+        self.obs_norm = RunningNorm(obs_space.shape or (1,)).to(self.device) if config.normalize_obs and not image else None
+        self.reward_norm = RewardNorm(num_envs, config.gamma).to(self.device) if config.normalize_reward else None
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self._clip = torch.tensor(config.clip, device=self.device)
+        self._forward = torch.compile(self.policy) if compile else self.policy
+
+    # -- acting ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def act(self, obs: Tensor, mask: Tensor | None = None, state: Tensor | None = None, explore: bool = True) -> Act:
+        """Actions for obs [B, ...]: sampled when exploring, else the distribution's mode. Continuous ones are not clipped."""
+        if self.obs_norm is not None and explore and self.obs_norm.count == 0:
+            self.obs_norm.update(obs)
+        if self.fused is not None and explore:
+            action, log_prob, value = self.fused.act(self._normalized(obs), mask, self.generator)
+            return Act(action, None, {"log_prob": log_prob, "value": value})
+        extras: dict[str, Tensor] = {}
+        if self.recurrent:
+            if state is None:
+                state = torch.zeros(obs.shape[0], 2, self.config.lstm_size, device=self.device)
+            output, value, states = self.policy(self._normalized(obs).unsqueeze(0), state)
+            output, value, state = output[0], value[0], states[0]
+            extras["state"] = state
+        else:
+            output, value, _ = self.policy(self._normalized(obs))
+        dist = self._distribution(output, mask)
+        if not explore:
+            return Act(dist.mode(), state, {})
+        action = dist.sample(self.generator)
+        extras["log_prob"], extras["value"] = dist.log_prob(action), value
+        return Act(action, state, extras)
+
+    def _normalized(self, obs: Tensor) -> Tensor:
+        return self.obs_norm(obs) if self.obs_norm is not None else obs
+
+    def _distribution(self, output: Tensor, mask: Tensor | None) -> Distribution:
+        return distribution(self.action_space, output, self.policy.log_std, mask)
+
+    # -- learning ----------------------------------------------------------------------------------------------------
+
+    def learn(self, batch: RolloutBatch) -> dict[str, Tensor]:
+        """Several epochs of minibatch updates on one rollout; figures as 0-d tensors, means over the minibatches."""
+        c = self.config
+        left = 1.0 - batch.progress
+        lr = c.lr * left if c.anneal_lr else c.lr
+        clip = c.clip * left if c.anneal_clip else c.clip
+        self.optimizer.set_lr(lr)
+        self._clip.fill_(clip)
+        obs = self._normalized(batch.obs)
+        boundary = batch.terminated | batch.truncated
+        reward = self.reward_norm(batch.reward, boundary) if self.reward_norm is not None else batch.reward
+        old_value = batch.extras["value"]
+        discount = c.gamma * (~batch.terminated).float()
+        advantage = gae(reward, old_value, self._next_values(batch), discount, boundary, c.gae_lambda)
+        target = advantage + old_value
+        fields = dict(
+            obs=obs, action=batch.action, log_prob=batch.extras["log_prob"], value=old_value, advantage=advantage, target=target
+        )
+        if batch.mask is not None:
+            fields["mask"] = batch.mask
+        if self.recurrent:
+            fields["going"] = torch.cat((torch.ones_like(boundary[:1]), ~boundary[:-1])).float()
+        else:
+            fields = {name: x.flatten(0, 1) for name, x in fields.items()}
+        axis = 1 if self.recurrent else 0  # of what is shuffled: envs with their whole sequence, or single samples
+        size = self.num_envs if self.recurrent else advantage.numel()
+        figures, updates = torch.zeros(len(FIGURES), device=self.device), 0
+        norms = torch.zeros((), device=self.device)
+        for _ in range(c.epochs):
+            order = torch.randperm(size, generator=self.generator, device=self.device)
+            epoch = torch.zeros_like(figures)
+            shuffled = {name: x.index_select(axis, order) for name, x in fields.items()}
+            parts = {name: x.tensor_split(c.minibatches, axis) for name, x in shuffled.items()}
+            state_parts = (None,) * c.minibatches
+            if self.recurrent:
+                first = batch.first_state
+                if first is None:
+                    first = torch.zeros(self.num_envs, 2, c.lstm_size, device=self.device)
+                state_parts = first.index_select(0, order).tensor_split(c.minibatches)
+            for k in range(c.minibatches):
+                part = {name: x[k] for name, x in parts.items()}
+                seen, norm = self.fused.update(part, clip, lr) if self.fused is not None else self.update(part, state_parts[k], lr)
+                epoch += seen
+                norms += norm
+            figures += epoch
+            updates += c.minibatches
+            if c.target_kl is not None and float(epoch[3]) / c.minibatches > 1.5 * c.target_kl:
+                break
+        if self.obs_norm is not None:
+            self.obs_norm.update(batch.obs)
+        metrics = dict(zip(FIGURES, figures / updates, strict=True))
+        residual = target.var()
+        metrics.update(
+            grad_norm=norms / updates, explained_variance=1 - (target - old_value).var() / residual.clamp(min=1e-12),
+            value=old_value.mean(), lr=torch.tensor(lr), updates=torch.tensor(float(updates)),
+        )  # fmt: skip
+        if self.policy.log_std is not None:
+            metrics["std"] = self.policy.log_std.detach().exp().mean()
+        return {f"train/{name}": x for name, x in metrics.items()}
+
+    def update(self, part: dict[str, Tensor], state: Tensor | None, lr: float) -> tuple[Tensor, Tensor]:
+        """One gradient step on a minibatch; the loss's figures and the gradient's norm."""
+        c = self.config
+        output, value, _ = self._forward(part["obs"], state, part.get("going"))
+        dist = self._distribution(output, part.get("mask"))
+        total, figures = loss(
+            dist.log_prob(part["action"]), part["log_prob"], dist.entropy(), value, part["value"], part["advantage"],
+            part["target"], self._clip, c,
+        )  # fmt: skip
+        self.optimizer.zero_grad()
+        total.backward()
+        return figures, self.optimizer.step(lr, c.max_grad_norm)
+
+    @torch.no_grad()
+    def _next_values(self, batch: RolloutBatch) -> Tensor:
+        """V of the state after each step [T, B]: of the next row, or of the final observation where an episode was cut."""
+        value = batch.extras["value"]
+        following = torch.cat((value[1:], self._values(batch.last_obs, batch.last_state).unsqueeze(0)))
+        cut = (batch.truncated & ~batch.terminated).nonzero(as_tuple=True)
+        if len(cut[0]):
+            state = batch.extras["state"][cut] if self.recurrent else None
+            following[cut] = self._values(batch.final_obs[cut], state)
+        return following
+
+    def _values(self, obs: Tensor, state: Tensor | None) -> Tensor:
+        obs = self._normalized(obs)
+        if self.fused is not None:
+            return self.fused.value(obs)
+        if not self.recurrent:
+            return self.policy(obs)[1]
+        return self.policy(obs.unsqueeze(0), state)[1][0]
+
+    # -- keeping -----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = {
+            "policy": self.policy.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+        }
+        for name in ("obs_norm", "reward_norm"):
+            module = getattr(self, name)
+            if module is not None:
+                state[name] = module.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.policy.load_state_dict(state["policy"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"].cpu())
+        for name in ("obs_norm", "reward_norm"):
+            module = getattr(self, name)
+            if module is not None:
+                module.load_state_dict(state[name])
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "CartPole": dict(
+        total_steps=100_000, num_envs=32, rollout_steps=32, epochs=10, minibatches=4, lr=1e-3, gamma=0.98, gae_lambda=0.8,
+        eval_every=5_000,
+    ),
+    "Acrobot": dict(total_steps=250_000, num_envs=16, rollout_steps=32, epochs=4, minibatches=4, lr=5e-4, entropy_coef=0.01),
+    "debug": dict(rollout_steps=16, epochs=2, minibatches=2, hidden=(16, 16), features=32),
+}  # fmt: skip

@@ -25,7 +25,7 @@ from rl.record import describe_machine
 from rl.registry import AlgoEntry, EnvEntry
 from rl.words import Slots, parse_yaml_value, split, suggest, unknown_key
 
-__all__ = ["ConfigError", "Resolved", "TrainConfig", "UnknownName", "create_run_folder", "read_run", "resolve"]
+__all__ = ["ConfigError", "Resolved", "TrainConfig", "UnknownName", "create_run_folder", "read_run", "resolve", "rewrite_record"]
 
 RECORD = "config.yaml"  # the resolved configuration in a run's folder
 
@@ -140,7 +140,7 @@ def read_run(folder: str | Path, overrides: Sequence[str] | Mapping[str, Any] = 
         lacks = f"it has no {RECORD}" if folder.is_dir() else "there is no such folder"
         raise ConfigError(f"no run in {str(folder)!r}: {lacks}{_latest_runs(folder)}")
     given = _given(overrides)
-    for key in ("algo", "env", "run_dir", "config", "preset", *(key for key in given if key.startswith("env."))):
+    for key in ("algo", "env", "seed", "num_envs", "run_dir", "config", "preset", *(key for key in given if key.startswith("env."))):
         if key in given:
             raise ConfigError(f"{key} is fixed once a run has begun: rl train config={record} {key}={given[key]} starts a new one")
     done = _resolve(given, record=record)
@@ -149,25 +149,38 @@ def read_run(folder: str | Path, overrides: Sequence[str] | Mapping[str, Any] = 
 
 def create_run_folder(resolved: Resolved, command: Sequence[str] | None = None) -> Path:
     """Make the folder and put `config.yaml` into it, whole or not at all; of two runs that want one folder, one is refused."""
+    _write_record(resolved, command, replace=False)
+    return resolved.folder
+
+
+def rewrite_record(resolved: Resolved, command: Sequence[str] | None = None) -> None:
+    """Put the settings a run goes on with in the place of those it began with."""
+    _write_record(resolved, command, replace=True)
+
+
+def _write_record(resolved: Resolved, command: Sequence[str] | None, replace: bool) -> None:
     folder = resolved.folder
     scratch = folder / f".{RECORD}.{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with open(scratch, "w", encoding="utf-8") as file:
-            file.write(resolved.to_yaml(command))
-            file.flush()
-            os.fsync(file.fileno())
         try:
-            os.link(scratch, folder / RECORD)  # unlike a rename, it never replaces another run's file
-        except FileExistsError:
-            raise _occupied(folder) from None
-        except OSError:  # a file system without hard links
+            with open(scratch, "w", encoding="utf-8") as file:
+                file.write(resolved.to_yaml(command))
+                file.flush()
+                os.fsync(file.fileno())
+            if not replace:
+                try:
+                    os.link(scratch, folder / RECORD)  # unlike a rename, it never replaces another run's file
+                    return
+                except FileExistsError:
+                    raise _occupied(folder) from None
+                except OSError:  # a file system without hard links
+                    pass
             os.replace(scratch, folder / RECORD)
+        finally:
+            scratch.unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot write into the run folder {str(folder)!r}: {error.strerror}") from None
-    finally:
-        scratch.unlink(missing_ok=True) if folder.is_dir() else None
-    return folder
 
 
 def _given(words: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:

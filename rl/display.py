@@ -54,7 +54,9 @@ class Display:
     def __enter__(self) -> "Display":
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is not None:
+            self._pending = None  # fetching figures from what has just failed could hide the failure
         self.close()
 
     def _refresh(self, now: float) -> None:

@@ -31,7 +31,6 @@ class Rollout:
     def __init__(self, env: VectorEnv, steps: int):
         self.steps, self.num_envs, self.device = steps, env.num_envs, env.device
         self._data: dict[str, Tensor] = {}
-        self._mask: Tensor | None = None
 
     def _row(self, name: str, t: int, like: Tensor) -> Tensor:
         store = self._data.get(name)
@@ -77,3 +76,17 @@ class Rollout:
         """Returns and lengths of the episodes that ended, in order of time; on the CPU."""
         ended = self._data["terminated"] | self._data["truncated"]
         return self._data["episode_return"][ended].cpu(), self._data["episode_length"][ended].cpu()
+
+    def not_finite(self) -> list[str]:
+        """Which of observations and rewards hold NaN or Inf."""
+        wrong = []
+        for name in ("obs", "reward"):
+            x = self._data[name]
+            # A sum is NaN or Inf if a term is; a large finite one that overflows is looked at again.
+            if x.is_floating_point() and not bool(torch.isfinite(x.sum())) and not bool(torch.isfinite(x).all()):
+                wrong.append("observation" if name == "obs" else name)
+        return wrong
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All rows, for a dump."""
+        return {name: x.clone() for name, x in self._data.items()}

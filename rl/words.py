@@ -42,7 +42,9 @@ _SYNONYMS = (
     ("log_every", "log_interval", "log_freq"),
     ("normalize_obs", "norm_obs", "obs_norm", "normalise_obs", "obs_normalise", "obs_normalize"),
     ("normalize_reward", "norm_reward", "reward_norm", "normalise_reward", "reward_normalise", "reward_normalize"),
-    ("recurrent", "lstm", "use_lstm", "rnn"),
+    ("normalize_advantage", "norm_adv", "normalise_advantage", "adv_norm", "advantage_norm"),
+    ("anneal_lr", "lr_anneal", "lr_schedule", "linear_lr"),
+    ("lstm_size", "lstm", "recurrent", "use_lstm", "rnn", "lstm_hidden"),
     ("config", "config_file", "cfg", "file"),
     ("env.time_limit", "time_limit", "max_episode_steps"),
 )

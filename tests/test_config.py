@@ -11,7 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from rl import record, registry
-from rl.config import ConfigError, Resolved, TrainConfig, UnknownName, create_run_folder, read_run, resolve
+from rl.config import ConfigError, Resolved, TrainConfig, UnknownName, create_run_folder, read_run, resolve, rewrite_record
 from rl.words import Slots, split
 
 BASE = ("algo=fake_algo:Fake", "env=Acrobot")
@@ -397,6 +397,10 @@ def test_a_run_read_back_keeps_its_folder_and_takes_some_words():
     again = read_run("first", {"total_steps": "2e5"})
     assert again.algo == first.algo and again.common == replace(first.common, total_steps=200_000)
     assert again.sources["total_steps"] == "command line"
+    rewrite_record(again)
+    assert read_run("first").common.total_steps == 200_000 and os.listdir("first") == ["config.yaml"]
+    with pytest.raises(ConfigError, match="seed is fixed"):
+        read_run("first", ["seed=1"])
     with pytest.raises(ConfigError, match="env is fixed once a run has begun"):
         read_run("first", ["env=CartPole"])
     with pytest.raises(ConfigError, match=r"env\.gravity is fixed"):

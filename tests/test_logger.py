@@ -185,6 +185,18 @@ def test_a_slow_refresh_makes_refreshes_rarer(monkeypatch):
     assert len(refreshes) <= 6  # 5 in the two seconds and the last one
 
 
+def test_a_failure_is_not_hidden_by_the_display():
+    def broken():
+        raise ZeroDivisionError
+
+    for stream in (io.StringIO(), Terminal()):
+        with pytest.raises(KeyboardInterrupt), make_display("auto", 10, stream) as display:
+            display.update(1, {})
+            display.update(2, broken)
+            raise KeyboardInterrupt
+    assert stream.getvalue().rstrip().endswith("\x1b[?25h")
+
+
 def test_a_closed_stream_does_not_stop_the_run():
     stream = io.StringIO()
     display = make_display("plain", 10, stream)

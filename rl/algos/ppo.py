@@ -170,7 +170,8 @@ def loss(
         return total, torch.stack([f.detach() for f in figures])
 
 
-FIGURES = ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction", "max_ratio_error")
+# Stable-Baselines3's names where it has one.
+FIGURES = ("policy_gradient_loss", "value_loss", "entropy", "approx_kl", "clip_fraction", "max_ratio_error")
 
 
 class PPO:
@@ -188,7 +189,7 @@ class PPO:
             what = f"{num_envs} envs" if config.lstm_size else f"{samples} samples (rollout_steps x num_envs)"
             raise ValueError(f"minibatches={config.minibatches} does not fit {what}")
         self.config, self.device = config, torch.device(device)
-        self.action_space = action_space
+        self.obs_space, self.action_space = obs_space, action_space
         self.recurrent = config.lstm_size > 0
         self.num_envs = num_envs
         init = torch.Generator().manual_seed(seed)
@@ -213,7 +214,9 @@ class PPO:
         """Actions for obs [B, ...]: sampled when exploring, else the distribution's mode. Continuous ones are not clipped."""
         if self.obs_norm is not None and explore and self.obs_norm.count == 0:
             self.obs_norm.update(obs)
-        if self.fused is not None and explore:
+        if self.fused is not None:
+            if not explore:
+                return Act(self.fused.greedy(self._normalized(obs), mask), None, {})
             action, log_prob, value = self.fused.act(self._normalized(obs), mask, self.generator)
             return Act(action, None, {"log_prob": log_prob, "value": value})
         extras: dict[str, Tensor] = {}
@@ -294,8 +297,9 @@ class PPO:
         residual = target.var()
         metrics.update(
             grad_norm=norms / updates, explained_variance=1 - (target - old_value).var() / residual.clamp(min=1e-12),
-            value=old_value.mean(), lr=torch.tensor(lr), updates=torch.tensor(float(updates)),
+            value=old_value.mean(), learning_rate=torch.tensor(lr), n_updates=torch.tensor(float(updates)),
         )  # fmt: skip
+        metrics["entropy_loss"] = -metrics.pop("entropy")
         if self.policy.log_std is not None:
             metrics["std"] = self.policy.log_std.detach().exp().mean()
         return {f"train/{name}": x for name, x in metrics.items()}
@@ -345,6 +349,10 @@ class PPO:
             if module is not None:
                 state[name] = module.state_dict()
         return state
+
+    def reseed(self, seed: int) -> None:
+        """Go on with other random numbers."""
+        self.generator.manual_seed(seed)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.policy.load_state_dict(state["policy"])

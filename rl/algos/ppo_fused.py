@@ -56,6 +56,15 @@ class FusedPPO:
             _categorical_act(output.numpy(), race.numpy(), action.numpy(), log_prob.numpy())
         return action, log_prob, value[:, 0].clone()
 
+    def greedy(self, obs: Tensor, mask: Tensor | None) -> Tensor:
+        """The distribution's mode for each observation; a new tensor."""
+        output = self.net.forward(obs)[0]
+        if self.log_std is not None:
+            return output.clone()
+        if mask is not None:
+            output.masked_fill_(~mask, _MASKED)
+        return output.argmax(-1)
+
     def value(self, obs: Tensor) -> Tensor:
         return self.net.forward(obs)[1][:, 0].clone()
 

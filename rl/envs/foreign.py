@@ -128,6 +128,7 @@ class _Worker:
     def answer(self) -> None:
         """Wait for the answer. Raises ValueError where the worker refuses the action."""
         assert self.sock is not None
+        code = b""
         try:
             code = await_byte(self.sock)
             if code == b"k":

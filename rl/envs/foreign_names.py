@@ -141,7 +141,7 @@ def _check_target(name: str, module: str, path: str) -> None:
         raise ForeignEnvError(f"{name}: module {module!r} has no attribute {path!r}{hint}") from None
     if not callable(found):
         raise ForeignEnvError(f"{name}: {path!r} is a {type(found).__name__}; a gymnasium.Env class or a function that makes one is needed")
-    if isinstance(found, type) and not issubclass(found, gymnasium.Env):
+    if isinstance(found, type) and not issubclass(found, (gymnasium.Env, gymnasium.vector.VectorEnv)):  # the latter: `build` explains
         raise ForeignEnvError(f"{name}: class {path} does not derive from gymnasium.Env")
 
 

@@ -122,7 +122,7 @@ def _describe_module(module: pytypes.ModuleType, names: tuple[str, ...], parts: 
     visited.add(module.__name__)
     parts.append(module.__name__)
     for name in names:
-        found = getattr(module, name, None)
+        found = vars(module).get(name)  # not getattr: NumPy answers some names with a warning
         if isinstance(found, pytypes.ModuleType):
             if found.__name__ not in visited:
                 _describe_module(found, names, parts, seen, visited)

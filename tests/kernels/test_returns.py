@@ -19,12 +19,12 @@ from rl.kernels.returns import discounted_returns, gae, lambda_returns, nstep_re
 #
 #   t            0     1     2     3     4     5
 #   reward       1     2     3     4     5     6
-#   value        2     4     6     8    10    12
+#   value        2     4     4     8    10    12
 #   next_value   4    20     8   100    12    16     (20: V(final_obs) at the truncation; 100: must not be seen)
 #   discount   1/2   1/2   1/2     0   1/2   1/2
 #   boundary     -  trunc    -  term     -     -
 REWARD = [1.0, 2, 3, 4, 5, 6]
-VALUE = [2.0, 4, 6, 8, 10, 12]
+VALUE = [2.0, 4, 4, 8, 10, 12]
 NEXT_VALUE = [4.0, 20, 8, 100, 12, 16]
 DISCOUNT = [0.5, 0.5, 0.5, 0.0, 0.5, 0.5]
 BOUNDARY = [False, True, False, True, False, False]
@@ -54,9 +54,9 @@ def check(found, expected):
 
 
 def test_gae_by_hand(hand):
-    # delta = r + discount next_value - value:  1+2-2=1  2+10-4=8  3+4-6=1  4+0-8=-4  5+6-10=1  6+8-12=2
-    # discount lam = 1/4.  A5=2  A4=1+2/4=1.5  A3=-4 (cut)  A2=1-4/4=0  A1=8 (cut, but bootstrapped)  A0=1+8/4=3
-    check(gae(**hand, lam=0.5), [3, 8, 0, -4, 1.5, 2])
+    # delta = r + discount next_value - value:  1+2-2=1  2+10-4=8  3+4-4=3  4+0-8=-4  5+6-10=1  6+8-12=2
+    # discount lam = 1/4.  A5=2  A4=1+2/4=1.5  A3=-4 (cut)  A2=3-4/4=2  A1=8 (cut, but bootstrapped)  A0=1+8/4=3
+    check(gae(**hand, lam=0.5), [3, 8, 2, -4, 1.5, 2])
 
 
 def test_discounted_returns_by_hand(hand):
@@ -79,15 +79,15 @@ def test_nstep_returns_by_hand(hand):
 
 def test_vtrace_by_hand(hand):
     # rho = 2, 1/2, 1, 4, 1/2, 2; clip_rho = 1, clip_c = 1: both clipped to 1, 1/2, 1, 1, 1/2, 1. lam = 1.
-    # delta = rho (r + discount next_value - value), raw as in gae 1 8 1 -4 1 2: 1 4 1 -4 1/2 2
+    # delta = rho (r + discount next_value - value), raw as in gae 1 8 3 -4 1 2: 1 4 3 -4 1/2 2
     # vs = value + delta + discount c (vs' - next_value):
-    # vs5=12+2=14  vs4=10+.5+.25(14-12)=11  vs3=8-4=4  vs2=6+1+.5(4-8)=5  vs1=4+4=8  vs0=2+1+.5(8-4)=5
+    # vs5=12+2=14  vs4=10+.5+.25(14-12)=11  vs3=8-4=4  vs2=4+3+.5(4-8)=5  vs1=4+4=8  vs0=2+1+.5(8-4)=5
     # advantage = min(rho, 2) (r + discount vs' - value), clip_pg_rho = 2, so 2 1/2 1 2 1/2 2:
-    # 2(1+4-2)=6  .5(2+10-4)=4  3+2-6=-1  2(4-8)=-8  .5(5+7-10)=1  2(6+8-12)=4
+    # 2(1+4-2)=6  .5(2+10-4)=4  3+2-4=1  2(4-8)=-8  .5(5+7-10)=1  2(6+8-12)=4
     log_rho = column([2.0, 0.5, 1.0, 4.0, 0.5, 2.0]).log()
     vs, advantage = vtrace(log_rho, **hand, clip_pg_rho=2.0)
     check(vs, [5, 8, 5, 4, 11, 14])
-    check(advantage, [6, 4, -1, -8, 1, 4])
+    check(advantage, [6, 4, 1, -8, 1, 4])
 
 
 def test_vtrace_clips_each_have_their_place():

@@ -233,7 +233,7 @@ def _text(text: str, path: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:  # two lone halves of a pair would come back as one character
-        raise ValueError(f"{ascii(path)}: a text that is not valid Unicode") from None
+        raise ValueError(f"{path!a}: a text that is not valid Unicode") from None
     return text
 
 
@@ -650,7 +650,7 @@ def _open(path: Path) -> Iterator[tuple[BinaryIO, int]]:
     try:
         if path.is_symlink() or path.parent.is_symlink():
             raise CheckpointError(f"{path}: a symbolic link stands where a checkpoint should")
-        with open(os.open(path, flags), "rb") as file:
+        with open(path, "rb", opener=lambda name, _: os.open(name, flags)) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise CheckpointError(f"{path}: not a plain file")

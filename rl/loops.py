@@ -6,8 +6,6 @@ Progress, checkpoints, evaluation, time limits and interrupts live around the ge
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from rl.rollout import Rollout
 from rl.types import Agent, Loop, Progress, VectorEnv
 
@@ -28,21 +26,35 @@ class LoopState:
         self.recurrent = state["recurrent"]
 
 
-def on_policy(agent: Agent, env: VectorEnv, rollout: Rollout, obs: torch.Tensor, total_steps: int, state: LoopState) -> Loop:
-    """Act for `rollout.steps` steps, learn from them, repeat until `total_steps` env steps (over all envs) are reached."""
-    while state.env_steps < total_steps:
-        first_state = state.recurrent
+def on_policy(agent: Agent, env: VectorEnv, rollout: Rollout, total_steps: int, state: LoopState, graphs: bool = False) -> Loop:
+    """Act for `rollout.steps` steps, learn from them, repeat until `total_steps` env steps (over all envs) are reached.
+
+    `env` has been reset or restored: the loop begins at `env.obs`. With `graphs`, for an env on a GPU, all the steps of a
+    rollout are recorded as one CUDA graph and replayed.
+    """
+
+    def collect(recurrent: Any) -> Any:
         for t in range(rollout.steps):
-            act = agent.act(obs, env.action_mask, state.recurrent)
-            rollout.put_act(t, obs, env.action_mask, act)
+            act = agent.act(env.obs, env.action_mask, recurrent)
+            rollout.put_act(t, env.obs, env.action_mask, act)
             step = env.step(act.action)
             rollout.put_step(t, step, env)
-            obs = step.obs
             if act.state is not None:  # a new episode begins with an empty memory
                 going = ~(step.terminated | step.truncated)
-                state.recurrent = act.state * going.view(-1, *[1] * (act.state.dim() - 1))
+                recurrent = act.state * going.view(-1, *[1] * (act.state.dim() - 1))
+        return recurrent
+
+    if graphs:
+        from rl.cuda_graphs import GraphedCollect
+
+        gather: Any = GraphedCollect(collect, [agent.generator])  # type: ignore[attr-defined]
+    else:
+        gather = collect
+    while state.env_steps < total_steps:
+        first = state.recurrent
+        state.recurrent = gather(first)
         progress = state.env_steps / total_steps
-        metrics = agent.learn(rollout.batch(obs, first_state, state.recurrent, progress))
+        metrics = agent.learn(rollout.batch(env.obs, first, state.recurrent, progress))
         state.env_steps += rollout.steps * env.num_envs
         state.iterations += 1
         yield Progress(state.env_steps, metrics, *rollout.episodes())

@@ -24,10 +24,11 @@ class FlatAdam:
     Args:
         module: its parameters are moved into the flat tensor; float32.
         order: parameters that shall lie in front, in this order (a fused network wants its layers side by side).
+        lr: learning rate, until `set_lr` says otherwise.
         eps: Adam's epsilon, outside the square root.
     """
 
-    def __init__(self, module: nn.Module, eps: float, order: tuple[nn.Parameter, ...] = ()):
+    def __init__(self, module: nn.Module, lr: float, eps: float, order: tuple[nn.Parameter, ...] = ()):
         front = {id(p) for p in order}
         params = [*order, *(p for p in module.parameters() if p.requires_grad and id(p) not in front)]
         if any(p.dtype != torch.float32 for p in params):
@@ -46,12 +47,12 @@ class FlatAdam:
             start += p.numel()
         self.param = nn.Parameter(flat)
         self.param.grad = self.grad
-        self.eps = eps
+        self.lr, self.eps = lr, eps
         self.steps = 0
         self._torch = None
         if flat.device.type == "cuda":
             # The learning rate is a tensor so that a captured graph sees it change.
-            self._lr = torch.zeros((), device=flat.device)
+            self._lr = torch.tensor(lr, device=flat.device)
             self._torch = torch.optim.Adam([self.param], lr=self._lr, eps=eps, fused=True, capturable=True)
             for name in ("exp_avg", "exp_avg_sq"):
                 self._torch.state[self.param][name] = torch.zeros_like(flat)
@@ -66,7 +67,7 @@ class FlatAdam:
         self.grad.zero_()
 
     @torch.no_grad()
-    def step(self, lr: float, max_norm: float) -> Tensor:
+    def step(self, max_norm: float) -> Tensor:
         """Clip the gradient to a global norm of `max_norm` and take one step; the norm before clipping, a 0-d tensor."""
         if self._torch is not None:
             norm = torch.linalg.vector_norm(self.grad)
@@ -76,15 +77,21 @@ class FlatAdam:
         self.steps += 1
         correct1, correct2 = 1.0 - BETA1**self.steps, 1.0 - BETA2**self.steps
         norm = _adam(
-            *self._arrays, np.float32(lr / correct1), np.float32(1.0 / np.sqrt(correct2)), np.float32(self.eps),
+            *self._arrays, np.float32(self.lr / correct1), np.float32(1.0 / np.sqrt(correct2)), np.float32(self.eps),
             np.float32(max_norm),
         )  # fmt: skip
         return torch.tensor(norm)
 
     def set_lr(self, lr: float) -> None:
-        """On CUDA: the learning rate of the following steps, also of captured ones."""
+        """The learning rate of the following steps, on CUDA also of recorded ones."""
+        self.lr = lr
         if self._torch is not None:
             self._lr.fill_(lr)
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that a step changes, on CUDA."""
+        assert self._torch is not None
+        return [self.param, self.grad, self.exp_avg, self.exp_avg_sq, self._torch.state[self.param]["step"]]
 
     def state_dict(self) -> dict[str, Any]:
         steps = int(self._torch.state[self.param]["step"]) if self._torch is not None else self.steps

@@ -137,7 +137,6 @@ class _Run:
             raise
         self.eval_env: Any = None
         self.loop_state = LoopState()
-        self.obs: torch.Tensor | None = None
         self.logger: RunLogger | None = None
         self.resumed_at: int | None = None
         # What a checkpoint keeps besides agent, env and loop.
@@ -156,8 +155,8 @@ class _Run:
 
     def go(self) -> Result:
         c = self.common
-        if self.obs is None:
-            self.obs = self.env.reset(stream_seed(c.seed, 1))
+        if self.resumed_at is None:
+            self.env.reset(stream_seed(c.seed, 1))
         self.logger = RunLogger(self.folder, c.tensorboard, self.resumed_at)
         self.good = self.state_dict()
         saved_at = self.resumed_at
@@ -175,9 +174,9 @@ class _Run:
             return self._finish()
 
     def _iterate(self) -> None:
-        assert self.obs is not None
         c = self.common
-        loop = on_policy(self.agent, self.env, self.rollout, self.obs, c.total_steps, self.loop_state)
+        graphs = c.compile and self.device.type == "cuda" and self.env.exact_resume
+        loop = on_policy(self.agent, self.env, self.rollout, c.total_steps, self.loop_state, graphs)
         while True:
             before = time.perf_counter()
             progress = next(loop, None)
@@ -316,7 +315,6 @@ class _Run:
         self.reached = tuple(run["reached"]) if run["reached"] else None
         self.learning_seconds, self.earlier_seconds = run["learning_seconds"], run["wall_seconds"]
         self.resumed_at = self.loop_state.env_steps
-        self.obs = self.env.obs
         if not self.env.exact_resume and self.loop_state.recurrent is not None:
             self.loop_state.recurrent = torch.zeros_like(self.loop_state.recurrent)
 
@@ -340,7 +338,7 @@ class _Run:
         # The same numbers would lead to the same end.
         seed = stream_seed(self.common.seed, 6, retries)
         self.agent.reseed(seed)
-        self.obs = self.env.reset(seed)
+        self.env.reset(seed)
         if self.loop_state.recurrent is not None:
             self.loop_state.recurrent = torch.zeros_like(self.loop_state.recurrent)
 

@@ -41,6 +41,7 @@ class VectorEnv(Protocol):
     device: "torch.device"
     single_observation_space: "gymnasium.Space"
     single_action_space: "gymnasium.Space"
+    obs: Tensor  # [B, ...] what to act on now; the buffer that `reset` and `step` return
     episode_return: Tensor  # [B] float32
     episode_length: Tensor  # [B] int32
     action_mask: Tensor | None  # [B, n] bool, legal actions for the current obs; None where every action is legal

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from rl.algos.ppo_fused import FusedPPO
 from rl.distributions import Distribution, distribution, head_size
 from rl.kernels.actor_critic import TwinMLP
+from rl.kernels.lstm import lstm
 from rl.kernels.returns import gae
 from rl.networks import ConvEncoder, is_image, mlp, orthogonal
 from rl.normalize import RewardNorm, RunningNorm
@@ -130,16 +131,7 @@ class ActorCritic(nn.Module):
         states = None
         if self.lstm is not None:
             assert state is not None
-            h, c = state[:, 0].unsqueeze(0).contiguous(), state[:, 1].unsqueeze(0).contiguous()
-            rows, kept = [], []
-            for t in range(x.shape[0]):
-                if going is not None:
-                    keep = going[t].view(1, -1, 1)
-                    h, c = h * keep, c * keep
-                y, (h, c) = self.lstm(x[t : t + 1], (h, c))
-                rows.append(y)
-                kept.append(torch.stack((h[0], c[0]), 1))
-            x, states = torch.cat(rows), torch.stack(kept)
+            x, states = lstm(x, state, going, self.lstm)
         return self.actor(x), self.critic(x).squeeze(-1), states
 
 
@@ -196,7 +188,7 @@ class PPO:
         self.policy = ActorCritic(obs_space, action_space, config, init).to(self.device)
         fused = config.fused and self.device.type == "cpu" and not compile and FusedPPO.fits(self.policy, action_space)
         order = TwinMLP.ordered(self.policy.actor, self.policy.critic) if fused else ()
-        self.optimizer = FlatAdam(self.policy, eps=1e-5, order=order)
+        self.optimizer = FlatAdam(self.policy, config.lr, eps=1e-5, order=order)
         self.fused = None
         if fused:
             self.fused = FusedPPO(self.policy.actor, self.policy.critic, self.policy.log_std, self.optimizer, config)
@@ -205,7 +197,14 @@ class PPO:
         self.reward_norm = RewardNorm(num_envs, config.gamma).to(self.device) if config.normalize_reward else None
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self._clip = torch.tensor(config.clip, device=self.device)
-        self._forward = torch.compile(self.policy) if compile else self.policy
+        self._forward: Any = self.policy
+        self._update: Any = self.update
+        if compile and self.device.type == "cuda":
+            from rl.cuda_graphs import GraphedUpdate
+
+            self._update = GraphedUpdate(self.update, self.optimizer.tensors())
+        elif compile:
+            self._forward = torch.compile(self.policy)
 
     # -- acting ------------------------------------------------------------------------------------------------------
 
@@ -276,15 +275,14 @@ class PPO:
             epoch = torch.zeros_like(figures)
             shuffled = {name: x.index_select(axis, order) for name, x in fields.items()}
             parts = {name: x.tensor_split(c.minibatches, axis) for name, x in shuffled.items()}
-            state_parts = (None,) * c.minibatches
             if self.recurrent:
                 first = batch.first_state
                 if first is None:
                     first = torch.zeros(self.num_envs, 2, c.lstm_size, device=self.device)
-                state_parts = first.index_select(0, order).tensor_split(c.minibatches)
+                parts["memory"] = first.index_select(0, order).tensor_split(c.minibatches)
             for k in range(c.minibatches):
                 part = {name: x[k] for name, x in parts.items()}
-                seen, norm = self.fused.update(part, clip, lr) if self.fused is not None else self.update(part, state_parts[k], lr)
+                seen, norm = self.fused.update(part, clip) if self.fused is not None else self._update(part)
                 epoch += seen
                 norms += norm
             figures += epoch
@@ -304,10 +302,10 @@ class PPO:
             metrics["std"] = self.policy.log_std.detach().exp().mean()
         return {f"train/{name}": x for name, x in metrics.items()}
 
-    def update(self, part: dict[str, Tensor], state: Tensor | None, lr: float) -> tuple[Tensor, Tensor]:
+    def update(self, part: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """One gradient step on a minibatch; the loss's figures and the gradient's norm."""
         c = self.config
-        output, value, _ = self._forward(part["obs"], state, part.get("going"))
+        output, value, _ = self._forward(part["obs"], part.get("memory"), part.get("going"))
         dist = self._distribution(output, part.get("mask"))
         total, figures = loss(
             dist.log_prob(part["action"]), part["log_prob"], dist.entropy(), value, part["value"], part["advantage"],
@@ -315,7 +313,7 @@ class PPO:
         )  # fmt: skip
         self.optimizer.zero_grad()
         total.backward()
-        return figures, self.optimizer.step(lr, c.max_grad_norm)
+        return figures, self.optimizer.step(c.max_grad_norm)
 
     @torch.no_grad()
     def _next_values(self, batch: RolloutBatch) -> Tensor:

@@ -68,7 +68,7 @@ class FusedPPO:
     def value(self, obs: Tensor) -> Tensor:
         return self.net.forward(obs)[1][:, 0].clone()
 
-    def update(self, part: dict[str, Tensor], clip: float, lr: float) -> tuple[Tensor, Tensor]:
+    def update(self, part: dict[str, Tensor], clip: float) -> tuple[Tensor, Tensor]:
         """One gradient step on a minibatch of contiguous tensors; the figures of `ppo.loss` and the gradient's norm."""
         c = self.config
         obs = part["obs"]
@@ -88,7 +88,7 @@ class FusedPPO:
                 output.masked_fill_(~part["mask"], _MASKED)
             _categorical_loss(output.numpy(), part["action"].numpy(), *shared)
         self.net.backward(obs, grad_output, grad_value)
-        return figures, self.optimizer.step(lr, c.max_grad_norm)
+        return figures, self.optimizer.step(c.max_grad_norm)
 
 
 @scalar

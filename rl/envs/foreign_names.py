@@ -4,6 +4,7 @@ import difflib
 import importlib.util
 import os
 import pickle
+import pkgutil
 import sys
 from typing import Any
 
@@ -119,17 +120,13 @@ def _import(name: str, module: str) -> None:
         importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name and (module == error.name or module.startswith(error.name + ".")):
-            near = difflib.get_close_matches(module, [*sys.modules, *_local_modules()], n=1, cutoff=0.75)
+            near = difflib.get_close_matches(module, {found.name for found in pkgutil.iter_modules()}, n=1, cutoff=0.75)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ForeignEnvError(f"{name}: there is no module {error.name!r} (looked in {os.getcwd()} too){hint}") from None
         pip = _DEPENDENCIES.get(error.name or "", f"pip install {error.name}")
         raise ForeignEnvError(f"{name}: module {module!r} needs {error.name}, which is not installed; run: {pip}") from error
     except Exception as error:
         raise ForeignEnvError(f"{name}: importing {module!r} failed: {type(error).__name__}: {error}") from error
-
-
-def _local_modules() -> list[str]:
-    return [entry.removesuffix(".py") for entry in os.listdir() if entry.endswith(".py")]
 
 
 def _check_target(name: str, module: str, path: str) -> None:

@@ -136,10 +136,15 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, **more}
 
 
+def merged(words: Sequence[str]) -> list[str]:
+    """KEY=VALUE words of which a later one wins over an earlier one."""
+    return list({word.partition("=")[0]: word for word in words}.values())
+
+
 def train(words: Sequence[str], **env: str) -> tuple[dict[str, Any], float]:
     """`rl train WORDS --json` in a process and a folder of its own: its JSON object, and the wall seconds of the process."""
     with tempfile.TemporaryDirectory(prefix="rl-benchmark-") as folder:
-        call = [*rl_command(), "train", *words, f"run_dir={folder}/run", "--json", "-q"]
+        call = [*rl_command(), "train", *merged(words), f"run_dir={folder}/run", "--json", "-q"]
         start = time.perf_counter()
         done = subprocess.run(call, cwd=folder, env=environment(**env), capture_output=True, text=True, stdin=subprocess.DEVNULL)
         wall = time.perf_counter() - start
@@ -166,7 +171,7 @@ class LearningLoop:
         from rl.rollout import Rollout
 
         with tempfile.TemporaryDirectory(prefix="rl-benchmark-") as folder:  # nothing is written, but the name must be free
-            resolved = resolve([*words, f"run_dir={folder}/run"])
+            resolved = resolve(merged([*words, f"run_dir={folder}/run"]))
         c = resolved.common
         device = torch.device("cuda" if c.device.startswith("cuda") else "cpu")
         torch.set_num_threads(c.threads)
@@ -174,8 +179,9 @@ class LearningLoop:
         self.env = make_vec(c.env, c.num_envs, seed=stream_seed(c.seed, 1), device=device, threads=c.env_threads, **c.env_options)
         agent = build_agent(resolved, self.env, c.num_envs, device)
         rollout = Rollout(self.env, resolved.algo.rollout_steps)
-        obs = self.env.reset(stream_seed(c.seed, 1))
-        self.loop = on_policy(agent, self.env, rollout, obs, c.total_steps, self.state)
+        self.env.reset(stream_seed(c.seed, 1))
+        graphs = c.compile and device.type == "cuda"
+        self.loop = on_policy(agent, self.env, rollout, c.total_steps, self.state, graphs)
         self.returns: Any = deque(maxlen=100)
 
     def run(self, until: float | None = None) -> dict[str, Any]:

@@ -34,7 +34,8 @@ def main() -> None:
             done = way(repeat, asked.steps)
             done["steps_per_second"] = done["env_steps"] / done["seconds"]
             runs[name].append(done)
-            print(f"{repeat + 1}/{asked.repeats}  {name:<12}  {done['steps_per_second']:>10,.0f} steps/s  last 100: {done['last_100']:.0f}", flush=True)
+            told_rate = f"{done['steps_per_second']:>10,.0f} steps/s"
+            print(f"{repeat + 1}/{asked.repeats}  {name:<12}  {told_rate}  last 100: {done['last_100']:.0f}", flush=True)
     rates = {name: [run["steps_per_second"] for run in done] for name, done in runs.items()}
     result = {
         "made": told,

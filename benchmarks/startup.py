@@ -65,7 +65,7 @@ def main() -> None:
             "imports": summary(run["imports"] for run in warm),
         }
         result["first_step"][env] = row
-        print(f"first step of {env}: {spread(row['warm'])} s warm, {row['cold']:.2f} s cold, imports {spread(row['imports'])} s", flush=True)
+        print(f"first step of {env}: {spread(row['warm'])} s warm, {row['cold']:.2f} s cold", flush=True)
     save("startup", result, asked.out)
 
 

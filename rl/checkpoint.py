@@ -254,7 +254,8 @@ def _raw(leaf: Any) -> np.ndarray:
     """The bytes of a tensor or array in C order, uint8 [n]; a view where possible."""
     if isinstance(leaf, torch.Tensor):
         flat = leaf.detach().resolve_conj().resolve_neg().cpu().reshape(-1).contiguous()
-        return flat.view(torch.uint8).numpy()
+        # With up to one element any stride counts as contiguous, but `view` wants 1.
+        return flat.as_strided(flat.shape, (1,)).view(torch.uint8).numpy()
     return np.ascontiguousarray(leaf.reshape(-1)).view(np.uint8)
 
 

@@ -216,8 +216,8 @@ class _Run:
             metrics["rollout/ep_len_mean"] = sum(self.lengths) / len(self.lengths)
         metrics["time/fps"] = steps / max(self.learning_seconds, 1e-9)
         self.logger.log(steps, metrics)
-        shown = {"return": metrics.get("rollout/ep_rew_mean", math.nan)}
-        for tag, name in (("train/policy_gradient_loss", "policy"), ("train/value_loss", "value"), ("train/entropy_loss", "entropy")):
+        shown = {}
+        for tag, name in (("rollout/ep_rew_mean", "return"), ("train/policy_gradient_loss", "policy"), ("train/value_loss", "value"), ("train/entropy_loss", "entropy")):
             if tag in metrics:
                 shown[name] = metrics[tag]
         if self.evaluations:

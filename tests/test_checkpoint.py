@@ -35,7 +35,10 @@ def example(step: int = 0) -> dict[str, Any]:
     return {
         "agent": {
             "policy": {"0.weight": torch.randn(8, 4, generator=generator), "0.bias": torch.zeros(8)},
-            "optimizer": {"state": {0: {"step": torch.tensor(float(step)), "exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 1e-3}]},
+            "optimizer": {  # as torch.optim has it
+                "state": {0: {"step": torch.tensor(float(step)), "exp_avg": torch.ones(3)}},
+                "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.999), "fused": None, "params": [0]}],
+            },
             "generator": generator.get_state(),
         },
         "env": {"clock": np.arange(6, dtype=np.uint32), "begun": True, "limit": None, "done": torch.tensor([True, False, True])},
@@ -59,7 +62,8 @@ def same(a: Any, b: Any) -> bool:
 
 
 def bits(tensor: torch.Tensor) -> bytes:
-    return bytes(tensor.detach().resolve_conj().contiguous().reshape(-1).clone().view(torch.uint8).tolist())
+    flat = torch.cat([torch.empty(0, dtype=tensor.dtype), tensor.detach().resolve_conj().reshape(-1)])
+    return bytes(flat.view(torch.uint8).tolist())
 
 
 def forge(path: Path, change: Any) -> Path:
@@ -93,7 +97,7 @@ def make_tensor(dtype: torch.dtype, shape: list[int], how: str, seed: int) -> to
     high = 2 if dtype == torch.bool else 256  # all bit patterns, NaNs too
     raw = torch.randint(0, high, (math.prod(shape) * size,), dtype=torch.uint8, generator=generator)
     x = raw.view(dtype).reshape(shape) if raw.numel() else torch.empty(shape, dtype=dtype)
-    if how == "transposed":
+    if how == "transposed" and x.dim():
         return x.permute(*range(x.dim() - 1, -1, -1))
     if how == "strided" and x.dim():
         return x.repeat_interleave(2, 0)[::2] if dtype in (torch.float32, torch.int64) else x[::2]
@@ -122,7 +126,7 @@ trees = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(tree=trees)
 def test_any_tree_comes_back(tmp_path, no_fsync, tree):
     path = save(tmp_path, 1, tree, meta={}, keep=1)
@@ -155,21 +159,14 @@ def test_parameters_gradients_conjugates_and_foreign_byte_order(tmp_path):
     assert state[3].tolist() == [0, 1, 2] and state[3].dtype == np.int32
 
 
-def test_generators_and_optimisers_go_on_exactly(tmp_path):
+def test_generators_go_on_exactly(tmp_path):
     generator, rng = torch.Generator().manual_seed(3), np.random.default_rng(3)
-    net = torch.nn.Linear(3, 2)
-    adam = torch.optim.Adam(net.parameters())
-    net(torch.ones(3)).sum().backward()
-    adam.step()
-    state = {"torch": generator.get_state(), "numpy": rng.bit_generator.state, "adam": adam.state_dict(), "net": net.state_dict()}
+    state = {"torch": generator.get_state(), "numpy": rng.bit_generator.state}  # NumPy's holds ints of 128 bits
     state, _ = load(save(tmp_path, 1, state, meta={}, keep=1))
     expected = torch.rand(4, generator=generator), rng.random(4)
     generator.manual_seed(0).set_state(state["torch"])
     rng.bit_generator.state = state["numpy"]
     assert torch.rand(4, generator=generator).equal(expected[0]) and (rng.random(4) == expected[1]).all()
-    twin = torch.optim.Adam(net.parameters())
-    twin.load_state_dict(state["adam"])
-    assert same(twin.state_dict(), adam.state_dict())
 
 
 def test_the_file_is_one_that_safetensors_reads(saved):
@@ -350,78 +347,84 @@ def test_kill_at_random_moments(tmp_path):
     out = in_process(
         """
         checkpoint.save(folder, 0, example(0), meta={"n": 0}, keep=2)
-        rng, last, reached = random.Random(0), 0, set()
-        for round in range(40):
+        rng, last, left = random.Random(0), 0, set()
+        for round in range(20):
+            ready, tell = os.pipe()
             child = os.fork()
             if child == 0:
                 moves = random.Random(round)
                 while True:
                     last += moves.randrange(2)
                     checkpoint.save(folder, last, example(last), meta={"n": last}, keep=2, best_score=float(-last))
-            time.sleep(rng.uniform(0.002, 0.03))
+                    os.write(tell, b".")
+            os.read(ready, 1)
+            time.sleep(rng.uniform(0, 0.02))
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
+            os.close(ready), os.close(tell)
             last = check(range(last, last + 1000))
-            reached |= {name.split("-")[0] for name in os.listdir(folder)}
-        print(last, sorted(reached))
+            left |= {name.split("-")[0] for name in os.listdir(folder)}
+        print(last, sorted(left))
         """,
         tmp_path,
     )
-    last, reached = out.split(maxsplit=1)
-    assert int(last) > 20 and ".tmp" in reached  # it got on, and was caught in the middle
+    last, left = out.split(maxsplit=1)
+    assert int(last) >= 5 and ".tmp" in left  # it got on, and was caught in the middle
 
 
 @needs_fork
-@pytest.mark.parametrize("case", ["new", "again"])
-def test_kill_before_every_line(tmp_path, case):
-    """Each line of the module that a save runs is once the last one: what is visible is the old state or the new, never another."""
+def test_kill_before_every_change_of_the_disk(tmp_path):
+    """A process dies before its k-th change, for every k: what is visible is the old state or the new one, and the best one is there.
+
+    Files change only by calls that Python's audit events tell of, by writes, which end in fsync, and by nothing else.
+    """
     out = in_process(
-        f"""
-        again = {case == "again"}
-        base, step = folder / "base", 3 if again else 4
+        """
+        os.fsync = lambda descriptor: None
+        base, trial = folder / "base", folder / "trial"
         for n in (1, 2, 3):
-            checkpoint.save(base, n, example(n), meta={{"n": n}}, keep=2, best_score=float(n == 1))
-        expected = {{"old": {{"n": 3}}, "new": {{"n": 4}}}}
-        seen, k = [], 0
-        while True:
-            k += 1
-            folder = Path({str(tmp_path)!r}) / "trial"
-            shutil.rmtree(folder, ignore_errors=True)
-            shutil.copytree(base, folder)
-            child = os.fork()
-            if child == 0:
-                left = k
-                def trace(frame, event, arg):
-                    global left
-                    if frame.f_code.co_filename not in (checkpoint.__file__, shutil.__file__):
-                        return None
-                    if event == "line" and (frame.f_code.co_name not in ("_encode", "_decode", "_text", "_encode_dict", "unique")):
-                        left -= 1
-                        if left == 0:
-                            os._exit(9)
-                    return trace
-                sys.settrace(trace)
-                checkpoint.save(folder, step, example(4 if again else step), meta={{"n": 4}}, keep=2)
-                os._exit(0)
-            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-            state, meta, skipped = checkpoint.load_latest_good(folder)
-            assert not skipped and same(state, example(meta["n"])) and meta["n"] in (3, 4), (k, skipped, meta)
-            best, _ = checkpoint.load(folder, "best")
-            assert same(best, example(1)), k
-            seen.append(meta["n"])
-            if k % 7 == 0 or code == 0:  # and the next process finds nothing in its way
-                checkpoint.save(folder, 9, example(9), meta={{"n": 9}}, keep=2)
-                assert not [name for name in os.listdir(folder) if name.startswith(".")] and len(os.listdir(folder)) == 3, k
-            if code == 0:
-                break
-            assert code == 9
-        assert seen == sorted(seen)  # once visible, the new state stays
-        print(len(seen), seen.count(3), seen.count(4))
+            checkpoint.save(base, n, example(n), meta={"n": n}, keep=2, best_score=float(n == 1))
+        changes = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate"}
+
+        def die_at(k):
+            left = k
+
+            def count():
+                nonlocal left
+                left -= 1
+                if left == 0:
+                    os._exit(9)
+
+            sys.addaudithook(lambda event, args: count() if event in changes or event == "open" and args[2] & 3 else None)
+            os.fsync = lambda descriptor: count()
+
+        for step in (3, 4):  # the newest one again, and a new one
+            seen, code = [], 9
+            while code == 9:
+                shutil.rmtree(trial, ignore_errors=True)
+                shutil.copytree(base, trial)
+                child = os.fork()
+                if child == 0:
+                    die_at(len(seen) + 1)
+                    checkpoint.save(trial, step, example(4), meta={"n": 4}, keep=2)
+                    os._exit(0)
+                code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+                at = step, len(seen), sorted(os.listdir(trial))
+                state, meta, skipped = checkpoint.load_latest_good(trial)
+                assert not skipped and same(state, example(meta["n"])) and meta["n"] in (3, 4), (at, skipped, meta)
+                assert all(checkpoint.load(path) for path in checkpoint.list_checkpoints(trial))
+                assert same(checkpoint.load(trial, "best")[0], example(1)), at
+                seen.append(meta["n"])
+                checkpoint.save(trial, 9, example(9), meta={"n": 9}, keep=2)  # the next process finds nothing in its way
+                names = sorted(os.listdir(trial))
+                assert len(names) == 3 and names[0].endswith("1") and names[2].endswith("9"), (at, names)
+            assert code == 0 and seen == sorted(seen), seen  # once visible, the new state stays
+            print(seen.count(3), seen.count(4))
         """,
         tmp_path,
     )
-    lines, old, new = map(int, out.split())
-    assert lines > 100 and old > 50 and new > 10
+    (old_again, new_again), (old, new) = (map(int, line.split()) for line in out.splitlines())
+    assert old_again >= 8 and new_again >= 5 and old >= 8 and new >= 5
 
 
 def test_a_full_disk_loses_nothing(tmp_path):
@@ -446,18 +449,18 @@ def test_a_full_disk_loses_nothing(tmp_path):
 def test_every_call_that_can_fail(tmp_path, monkeypatch, name, step):
     """Whichever call says "no space left", the earlier state stays loadable, and the next save succeeds."""
     save(tmp_path, 1, example(1), meta={}, keep=1)
-    real, failures = getattr(os, name), 0
+    real, failures, calls = getattr(os, name), 0, 0
+
+    def failing(*args, **how):
+        nonlocal calls, failures
+        calls -= 1
+        if calls == 0:
+            failures += 1
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*args, **how)
+
     for n in range(1, 9):
-        calls = 0
-
-        def failing(*args, **how):
-            nonlocal calls, failures
-            calls += 1
-            if calls == n:
-                failures += 1
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return real(*args, **how)
-
+        calls = n
         monkeypatch.setattr(os, name, failing)
         try:
             save(tmp_path, step, example(2), meta={}, keep=1)
@@ -494,12 +497,11 @@ def test_every_damage_is_found(tmp_path, name):
         at, size = rng.randrange(len(data)), rng.randrange(1, 40)
         if k % 8 < 4:
             return data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :]
-        return [
-            data[:at], data[:at] + rng.randbytes(size) + data[at:], data[:at] + b"\0" * size + data[at + size :], data + rng.randbytes(size),
-        ][k % 4]  # fmt: skip
+        behind = data[at + size :]
+        return [data[:at], data[:at] + rng.randbytes(size) + data[at:], data[:at] + bytes(size) + behind, data + rng.randbytes(size)][k % 4]
 
     every = [data[:i] + bytes([data[i] ^ 1 << i % 8]) + data[i + 1 :] for i in range(min(len(data), 400))]
-    for k, bad in enumerate([*every, b"", data * 2, *map(damage, range(1200))]):
+    for k, bad in enumerate([*every, b"", data * 2, *map(damage, range(400))]):
         if bad == data:
             continue
         file.write_bytes(bad)
@@ -520,7 +522,7 @@ def test_missing_files_and_folders(tmp_path, saved):
     with pytest.raises(CheckpointError, match="there is no such folder"):
         load(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match="no checkpoint in .*empty$"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .*empty$"):
         load(tmp_path / "empty")
     with pytest.raises(CheckpointError, match="no checkpoint in"):
         load_latest_good(tmp_path / "empty")
@@ -535,7 +537,7 @@ def test_the_previous_good_one_is_offered(tmp_path):
     (tmp_path / "step_000000000003" / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match=r"000004/tensors.*bytes.*the newest good checkpoint there is step_000000000002"):
         load(tmp_path)
-    with pytest.raises(CheckpointError, match="no checkpoint 7 in .*: there are last, best, 1, 2, 3, 4"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint 7 in .*: there are last, best, 1, 2, 3, 4"):
         load(tmp_path, 7)
     state, meta, skipped = load_latest_good(tmp_path)
     assert same(state, example(2)) and meta == {"n": 2}
@@ -669,7 +671,7 @@ def test_bools_are_0_or_1(saved):
     data = (saved / "tensors.safetensors").read_bytes()
     size = int.from_bytes(data[:8], "little")
     start = json.loads(data[8 : 8 + size])["env/done"]["data_offsets"][0] + 8 + size
-    with pytest.raises(CheckpointError, match="env/done.*not all are 0 or 1"):
+    with pytest.raises(CheckpointError, match=r"env/done.*not all are 0 or 1"):
         load(with_tensors(saved, data[:start] + b"\2" + data[start + 1 :]))
 
 

@@ -364,9 +364,35 @@ class PPO:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "CartPole": dict(
-        total_steps=100_000, num_envs=32, rollout_steps=32, epochs=10, minibatches=4, lr=1e-3, gamma=0.98, gae_lambda=0.8,
-        eval_every=5_000,
+        total_steps=100_000, num_envs=32, rollout_steps=64, epochs=10, minibatches=4, lr=1.5e-3, gamma=0.98, gae_lambda=0.8,
+        eval_every=4_000,
     ),
-    "Acrobot": dict(total_steps=250_000, num_envs=16, rollout_steps=32, epochs=4, minibatches=4, lr=5e-4, entropy_coef=0.01),
+    "Acrobot": dict(total_steps=250_000, num_envs=32, rollout_steps=64, epochs=4, minibatches=8, lr=1e-3, entropy_coef=0.01),
+    "MountainCar": dict(
+        total_steps=1_000_000, num_envs=64, rollout_steps=64, gae_lambda=0.98, epochs=8, minibatches=8, lr=1e-3,
+        normalize_obs=True, normalize_reward=True,
+    ),
+    "Pendulum": dict(
+        total_steps=300_000, num_envs=16, rollout_steps=128, gamma=0.9, epochs=10, minibatches=16, lr=1e-3, normalize_reward=True,
+    ),
+    "MountainCarContinuous": dict(
+        total_steps=300_000, num_envs=16, rollout_steps=256, gamma=0.999, epochs=10, minibatches=16, lr=1e-3,
+        normalize_obs=True, normalize_reward=True,
+    ),
+    "class:test": dict(total_steps=50_000, num_envs=16, rollout_steps=32, lr=1e-3, gamma=0.9),
+    # Huang et al. 2022: Atari, and MuJoCo with its 2,048 steps and 64 samples to a minibatch.
+    "class:atari": dict(
+        total_steps=10_000_000, num_envs=8, rollout_steps=128, epochs=4, minibatches=4, lr=2.5e-4, clip=0.1, entropy_coef=0.01,
+        eval_every=100_000, eval_episodes=10, activation="relu",
+    ),
+    "class:mujoco": dict(
+        total_steps=1_000_000, num_envs=8, rollout_steps=256, epochs=10, minibatches=32, lr=3e-4, normalize_obs=True,
+        normalize_reward=True, eval_every=20_000, eval_episodes=20,
+    ),
+    "class:minatar": dict(
+        total_steps=10_000_000, num_envs=64, rollout_steps=128, epochs=4, minibatches=8, lr=5e-4, entropy_coef=0.01, features=128,
+        eval_every=250_000, eval_episodes=20, activation="relu",
+    ),
+    "class:foreign": dict(eval_episodes=20),
     "debug": dict(rollout_steps=16, epochs=2, minibatches=2, hidden=(16, 16), features=32),
 }  # fmt: skip

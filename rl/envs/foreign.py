@@ -33,7 +33,7 @@ import numpy as np
 import torch
 
 from rl.envs.foreign_names import ForeignEnvError, resolve_foreign
-from rl.envs.foreign_worker import Factory, await_byte, layout, receive, seeds_for, send, views
+from rl.envs.foreign_worker import Factory, layout, receive, seeds_for, send, views
 from rl.types import Step
 
 __all__ = ["ForeignEnvError", "ForeignVecEnv", "WorkerError", "make_foreign", "resolve_foreign"]
@@ -130,7 +130,7 @@ class _Worker:
         assert self.sock is not None
         code = b""
         try:
-            code = await_byte(self.sock)
+            code = self.sock.recv(1)
             if code == b"k":
                 self.waiting = False
                 return

@@ -26,8 +26,6 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-SPIN = 200e-6  # seconds
-
 
 @dataclass(frozen=True)
 class Factory:
@@ -332,7 +330,7 @@ def main(descriptor: int, parent: int) -> None:
 
 def _serve(sock: socket.socket, block: Block) -> None:
     while True:
-        request = await_byte(sock)
+        request = sock.recv(1)
         if request == b"s":
             try:
                 block.step()
@@ -372,21 +370,6 @@ def _die_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
-
-
-def await_byte(sock: socket.socket) -> bytes:
-    """The next byte; b"" where the other end closed. Raises BlockingIOError at the socket's receive timeout.
-
-    Looks out for it a moment before going to sleep: waking an idle core takes longer (50-100 us in a virtual machine) than a
-    cheap env's step. Yielding keeps the core free for whoever has work.
-    """
-    end = time.perf_counter() + SPIN
-    while time.perf_counter() < end:
-        try:
-            return sock.recv(1, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            os.sched_yield()
-    return sock.recv(1)
 
 
 def send(sock: socket.socket, data: bytes) -> None:

@@ -27,7 +27,7 @@ def play(name: str) -> dict[str, Any]:
         log["reward"].append(_rounded(out.reward))
         log["terminated"].append(out.terminated.tolist())
         log["truncated"].append(out.truncated.tolist())
-        log["final_obs"].append(_rounded(out.final_obs * ended[:, None].astype(np.float32)))
+        log["final_obs"].append(_rounded(out.final_obs.numpy() * ended[:, None]))
     return {"name": name, "kind": env.action_kind, "seed": SEED, "first": _rounded(first), **log}
 
 

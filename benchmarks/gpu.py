@@ -25,6 +25,7 @@ from common import REPO, LearningLoop, environment, made, parser, save, spread, 
 
 RESIDENTS = ("CartPole", "Acrobot", "MountainCar", "MountainCarContinuous", "Pendulum")
 TOLERANCE = 1e-4  # of one float32 step, relative to max(1, |value|)
+RARE = 1e-5  # share of transitions that may differ by more: those at the very limit of a wall or of an episode
 AGREEMENT_STEPS, AGREEMENT_ENVS = 200, 4096
 ROWS = 16
 
@@ -118,34 +119,38 @@ def agreement(quick: bool) -> dict[str, Any]:
     for name in RESIDENTS:
         cpu: Any = make_vec(name, envs, seed=7)
         gpu: Any = make_vec(name, envs, seed=7, device="cuda")
-        first = close(cpu.reset(7), gpu.reset(7).cpu())
-        worst, flags = {"state": 0.0, "obs": 0.0, "final_obs": 0.0, "reward": 0.0}, 0
+        first = float(close(cpu.reset(7), gpu.reset(7).cpu()).max())
+        worst, flags, beyond = {"state": 0.0, "obs": 0.0, "final_obs": 0.0, "reward": 0.0}, 0, 0
         for action in actions_for(cpu, AGREEMENT_STEPS, torch.Generator().manual_seed(1)):
             gpu.load_state_dict(cpu.state_dict())
             a, b = cpu.step(action), gpu.step(action.cuda())
-            ends_a, ends_b = a.terminated | a.truncated, (b.terminated | b.truncated).cpu()
-            flags += int((a.terminated != b.terminated.cpu()).sum() + (a.truncated != b.truncated.cpu()).sum())
-            same = ends_a == ends_b  # a pole at the very limit may fall on one side only
-            worst["state"] = max(worst["state"], close(cpu.state[same], gpu.state.cpu()[same]))
-            worst["obs"] = max(worst["obs"], close(a.obs[same], b.obs.cpu()[same]))
-            worst["final_obs"] = max(worst["final_obs"], close(a.final_obs[ends_a & same], b.final_obs.cpu()[ends_a & same]))
-            worst["reward"] = max(worst["reward"], close(a.reward[same], b.reward.cpu()[same]))
+            ended, flagged = a.terminated | a.truncated, b.terminated.cpu() | b.truncated.cpu()
+            flags += int(((a.terminated != b.terminated.cpu()) | (a.truncated != b.truncated.cpu())).sum())
+            same = ended == flagged  # one at the very limit may fall on one side only
+            over = torch.zeros(envs, dtype=torch.bool)
+            pairs = [(what, getattr(a, what), getattr(b, what)) for what in ("obs", "final_obs", "reward")]
+            for what, x, y in [("state", cpu.state, gpu.state), *pairs]:
+                apart = close(x, y.cpu()).where(same & ended if what == "final_obs" else same, 0.0)
+                worst[what] = max(worst[what], float(apart.max()))
+                over |= apart > TOLERANCE
+            beyond += int(over.sum())
         gpu.check_errors()
         compared = AGREEMENT_STEPS * envs
-        within = first <= TOLERANCE and max(worst.values()) <= TOLERANCE and flags <= 1e-5 * compared
-        out[name] = {"transitions": compared, "worst": {"reset": first, **worst}, "flags_that_differ": flags, "within": within}
+        within = first <= TOLERANCE and flags + beyond <= RARE * compared
+        out[name] = {
+            "transitions": compared, "worst": {"reset": first, **worst}, "flags_that_differ": flags,
+            "beyond_tolerance": beyond, "within": within,
+        }  # fmt: skip
         print(f"agreement {name}: {'within' if within else 'NOT within'} {TOLERANCE:g}: {out[name]}", flush=True)
         cpu.close()
         gpu.close()
     return {"tolerance": TOLERANCE, "envs": out}
 
 
-def close(a: Any, b: Any) -> float:
-    """Largest difference relative to max(1, |a|)."""
-    if a.numel() == 0:
-        return 0.0
-    a, b = a.double(), b.double()
-    return float(((a - b).abs() / a.abs().clamp(min=1.0)).max())
+def close(a: Any, b: Any) -> Any:
+    """Largest difference of each env [B], relative to max(1, |a|); NaN and Inf count as that."""
+    a, b = a.double().flatten(1) if a.dim() > 1 else a.double()[:, None], b.double().flatten(1) if b.dim() > 1 else b.double()[:, None]
+    return ((a - b).abs() / a.abs().clamp(min=1.0)).nan_to_num(float("inf")).amax(1)
 
 
 def tests(quick: bool) -> dict[str, Any]:

@@ -46,5 +46,6 @@ def run(seed: int, total_steps: int, until: float | None = None) -> dict[str, An
     model.learn(total_steps, callback=watch)
     seconds = time.perf_counter() - start
     env.close()
-    mean = sum(returns) / max(len(returns), 1)
+    last = [info["r"] for info in model.ep_info_buffer or ()]
+    mean = sum(last) / max(len(last), 1)
     return {"seconds": seconds, "env_steps": model.num_timesteps, "solved": bool(watch and watch.solved), "last_100": mean}

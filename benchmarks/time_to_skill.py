@@ -26,7 +26,8 @@ def whole_process(seeds: int, words: list[str]) -> dict:
             {"seed": seed, "wall_seconds": wall, "learning_seconds": told["learning_seconds"], "env_steps": told["env_steps"],
              "threshold_step": told["threshold_step"], "threshold_second": told["threshold_second"], "final": told["final"]["mean"]}
         )  # fmt: skip
-        print(f"process, seed {seed}: {wall:.2f} s, reached at step {told['threshold_step']}, final {told['final']['mean']:.0f}", flush=True)
+        where = f"reached at step {told['threshold_step']}, final {told['final']['mean']:.0f}"
+        print(f"process, seed {seed}: {wall:.2f} s, {where}", flush=True)
     reached = [run for run in runs if run["threshold_step"] is not None]
     out = {"command": " ".join(["rl train", *base]), "reached": len(reached), "seeds": seeds, "runs": runs}
     if reached:

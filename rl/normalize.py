@@ -12,6 +12,8 @@ class RunningNorm(nn.Module):
     mean: Tensor
     var: Tensor
     count: Tensor
+    shift: Tensor
+    scale: Tensor
 
     def __init__(self, shape: tuple[int, ...], clip: float = 10.0, epsilon: float = 1e-8):
         super().__init__()
@@ -19,8 +21,10 @@ class RunningNorm(nn.Module):
         self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
-        self._shift: Tensor | None = None
-        self._scale: Tensor | None = None
+        # What `forward` uses, in float32 and always in the same place: a CUDA graph may have recorded where.
+        self.register_buffer("shift", torch.zeros(shape), persistent=False)
+        self.register_buffer("scale", torch.ones(shape), persistent=False)
+        self.empty = True  # nothing seen yet; known without asking the device
 
     @torch.no_grad()
     def update(self, batch: Tensor) -> None:
@@ -33,18 +37,21 @@ class RunningNorm(nn.Module):
         self.var.mul_(self.count).add_(var * n).add_(delta * delta * (self.count * n / total)).div_(total)
         self.mean.add_(delta * (n / total))
         self.count.copy_(total)
-        self._shift = None
+        self.empty = False
+        self._refresh()
+
+    def _refresh(self) -> None:
+        self.shift.copy_(self.mean)
+        self.scale.copy_(torch.rsqrt(self.var + self.epsilon))
 
     def forward(self, x: Tensor) -> Tensor:
         """(x - mean) / std, clipped to [-clip, clip], float32."""
-        if self._shift is None or self._scale is None:
-            self._scale = torch.rsqrt(self.var + self.epsilon).float()
-            self._shift = self.mean.float()
-        return ((x - self._shift) * self._scale).clamp(-self.clip, self.clip)
+        return ((x - self.shift) * self.scale).clamp(-self.clip, self.clip)
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._shift = None
+        self.empty = not bool(self.count > 0)
+        self._refresh()
 
 
 class RewardNorm(nn.Module):
@@ -70,5 +77,4 @@ class RewardNorm(nn.Module):
         returns = discounted_returns(reward.flip(0), discount.flip(0), none, bootstrap).flip(0)
         self.carry.copy_(returns[-1] * ~boundary[-1])
         self.returns.update(returns)
-        scale = torch.rsqrt(self.returns.var + self.returns.epsilon).float()
-        return (reward * scale).clamp(-self.clip, self.clip)
+        return (reward * self.returns.scale).clamp(-self.clip, self.clip)

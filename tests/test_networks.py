@@ -8,6 +8,8 @@ from torch import nn
 
 from rl.networks import ACTIVATIONS, ConvEncoder, is_image, mlp, orthogonal
 
+torch.set_num_threads(1)
+
 
 def box(*shape, dtype=np.uint8, high=255):
     return gymnasium.spaces.Box(0, high, shape, dtype)  # type: ignore[arg-type]

@@ -1,5 +1,7 @@
 """gymnax (JAX on the CPU), one jitted, vmapped step per call from Python; XLA's threads are left as they are by default."""
 
+import importlib.metadata
+
 import gymnax
 import jax
 from worker import GYM_IDS, ROWS, serve
@@ -32,4 +34,4 @@ def make(name, batch):
     return run, lambda: None
 
 
-serve({"gymnax": getattr(gymnax, "__version__", "?"), "jax": jax.__version__}, make)
+serve({"gymnax": importlib.metadata.version("gymnax"), "jax": jax.__version__}, make)

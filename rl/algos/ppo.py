@@ -192,8 +192,10 @@ class PPO:
         self.fused = None
         if fused:
             self.fused = FusedPPO(self.policy.actor, self.policy.critic, self.policy.log_std, self.optimizer, config)
-        image = is_image(obs_space)
-        self.obs_norm = RunningNorm(obs_space.shape or (1,)).to(self.device) if config.normalize_obs and not image else None
+        self.image = is_image(obs_space)
+        if config.normalize_obs and self.image:
+            raise ValueError("normalize_obs=true is for vectors; pictures are divided by 255")
+        self.obs_norm = RunningNorm(obs_space.shape or (1,)).to(self.device) if config.normalize_obs else None
         self.reward_norm = RewardNorm(num_envs, config.gamma).to(self.device) if config.normalize_reward else None
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self._clip = torch.tensor(config.clip, device=self.device)
@@ -211,7 +213,7 @@ class PPO:
     @torch.no_grad()
     def act(self, obs: Tensor, mask: Tensor | None = None, state: Tensor | None = None, explore: bool = True) -> Act:
         """Actions for obs [B, ...]: sampled when exploring, else the distribution's mode. Continuous ones are not clipped."""
-        if self.obs_norm is not None and explore and self.obs_norm.count == 0:
+        if self.obs_norm is not None and explore and self.obs_norm.empty:
             self.obs_norm.update(obs)
         if self.fused is not None:
             if not explore:
@@ -235,7 +237,9 @@ class PPO:
         return Act(action, state, extras)
 
     def _normalized(self, obs: Tensor) -> Tensor:
-        return self.obs_norm(obs) if self.obs_norm is not None else obs
+        if self.obs_norm is not None:
+            return self.obs_norm(obs)
+        return obs if self.image or obs.dtype == torch.float32 else obs.float()  # pictures are converted a minibatch at a time
 
     def _distribution(self, output: Tensor, mask: Tensor | None) -> Distribution:
         return distribution(self.action_space, output, self.policy.log_std, mask)

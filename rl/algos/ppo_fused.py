@@ -155,7 +155,7 @@ def _sample(i, new_log_prob, old_log_prob, advantage, clip, figures, inverse):
     figures[3] += (ratio - _ONE - log_ratio) * inverse
     figures[4] += inverse if off > clip else _ZERO
     figures[5] = max(figures[5], off)
-    return -advantage * ratio * inverse if free <= held else _ZERO
+    return _ZERO if free > held else -advantage * ratio * inverse  # a NaN is on neither side: it has to get through
 
 
 @scalar

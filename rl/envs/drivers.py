@@ -46,7 +46,7 @@ class Buffers(NamedTuple):
     episode_return: Any  # [B] float32, of the episode ended last
     episode_length: Any  # [B] int32
     seed: Any  # [B, 2] uint32, low and high word
-    index: Any  # [B] uint32, the env's number within its seed
+    number: Any  # [B] uint32, the env's number within its seed (not `index`: CUDA would take it for the tuple's method)
     clock: Any  # [1] int64, steps since seeding; part of every random draw's counter
     low: Any  # [n] float32, bounds of a continuous action
     high: Any  # [n] float32
@@ -98,7 +98,7 @@ def layouts(spec: Spec) -> dict[str, Layout]:
         "episode_return": Layout((), f32, False),
         "episode_length": Layout((), i32, False),
         "seed": Layout((2,), u32, True),
-        "index": Layout((), u32, False),
+        "number": Layout((), u32, False),
         "clock": Layout((1,), np.dtype(np.int64), False, per_env=False),
         "low": Layout(bounds, f32, False, per_env=False),
         "high": Layout(bounds, f32, False, per_env=False),
@@ -163,7 +163,7 @@ def _rules(spec: Spec) -> SimpleNamespace:
     @scalar_call
     def begin(i, b):
         """Start an episode in env i."""
-        key = (b.seed[i, 0], b.seed[i, 1], b.index[i], np.uint32(b.clock[0]), STREAM_RESET)
+        key = (b.seed[i, 0], b.seed[i, 1], b.number[i], np.uint32(b.clock[0]), STREAM_RESET)
         rule_reset(b.state[i], key)
         rule_observe(b.state[i], b.obs[i])
         legal(i, b)
@@ -173,7 +173,7 @@ def _rules(spec: Spec) -> SimpleNamespace:
     @scalar
     def advance(i, b, limit):
         """Step env i by b.action[i]; whether its episode ended."""
-        key = (b.seed[i, 0], b.seed[i, 1], b.index[i], np.uint32(b.clock[0]), STREAM_STEP)
+        key = (b.seed[i, 0], b.seed[i, 1], b.number[i], np.uint32(b.clock[0]), STREAM_STEP)
         reward, terminated = rule_step(b.state[i], b.action[i], key)
         rule_observe(b.state[i], b.obs[i])
         legal(i, b)
@@ -196,16 +196,16 @@ def _rules(spec: Spec) -> SimpleNamespace:
     if kind == "discrete":
 
         @scalar
-        def impossible(i, b, action):
+        def impossible(i, b, action):  # as `check`, but writes nothing
             a = action[i]
             return (a < 0) | (a >= b.counts[0])
 
         @scalar
         def check(i, b, action):
             """Copy action[i] into b.action; whether it is impossible."""
-            bad = impossible(i, b, action)
-            b.action[i] = np.int32(action[i])
-            return bad
+            a = action[i]
+            b.action[i] = np.int32(a)
+            return (a < 0) | (a >= b.counts[0])
     elif kind == "multi_discrete":
 
         @scalar
@@ -218,9 +218,11 @@ def _rules(spec: Spec) -> SimpleNamespace:
 
         @scalar
         def check(i, b, action):
-            bad = impossible(i, b, action)
+            bad = False
             for k in range(b.counts.shape[0]):
-                b.action[i, k] = np.int32(action[i, k])
+                a = action[i, k]
+                b.action[i, k] = np.int32(a)
+                bad |= (a < 0) | (a >= b.counts[k])
             return bad
     else:
 
@@ -234,9 +236,11 @@ def _rules(spec: Spec) -> SimpleNamespace:
 
         @scalar
         def check(i, b, action):
-            bad = impossible(i, b, action)
+            bad = False
             for k in range(b.low.shape[0]):
-                b.action[i, k] = min(max(action[i, k], b.low[k]), b.high[k])
+                a = action[i, k]
+                bad |= a != a
+                b.action[i, k] = min(max(a, b.low[k]), b.high[k])
             return bad
 
     return SimpleNamespace(begin=begin, advance=advance, finish=finish, check=check, impossible=impossible, kind=kind)

@@ -27,16 +27,19 @@ _MODES = {
 
 
 def _spec(name: str) -> Spec:
-    return registry.load(registry.find_env(name).entry)
+    entry = registry.find_env(name)
+    if entry.family == "foreign":
+        raise ValueError(f"{name} is not an env of this suite: ask Gymnasium for it")
+    return registry.load(entry.entry)
 
 
 def _metadata(spec: Spec) -> dict[str, Any]:
-    return {"render_modes": ["rgb_array"] if spec.render else [], "render_fps": _FPS.get(spec.name, 30)}
+    return {"render_modes": ["rgb_array"], "render_fps": _FPS.get(spec.name, 30)}
 
 
 def _check_render_mode(spec: Spec, render_mode: str | None) -> str | None:
     if render_mode is not None and (render_mode != "rgb_array" or spec.render is None):
-        raise ValueError(f"{spec.name} has render_mode {'rgb_array' if spec.render else 'None'} only, not {render_mode!r}")
+        raise ValueError(f"{spec.name}: render_mode must be {'rgb_array or ' if spec.render else ''}None, not {render_mode!r}")
     return render_mode
 
 
@@ -50,6 +53,8 @@ class GymEnv(gymnasium.Env):
 
     A seed given to `reset` determines everything until the next seed.
     """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}  # noqa: RUF012  # gymnasium.make looks at the class
 
     def __init__(self, name: str = "CartPole", render_mode: str | None = None):
         spec = _spec(name)

@@ -15,6 +15,7 @@ State: the steps taken, then what is shown.
 import gymnasium
 import numpy as np
 
+from rl.envs import rendering
 from rl.envs.spec import Spec
 from rl.kernels.jit import scalar
 from rl.kernels.rng import randint, uniform
@@ -95,6 +96,31 @@ def observe_continuous(state, obs):
     obs[0] = state[1]
 
 
+def _row(canvas: rendering.Canvas, y: float, shown: int, n: int) -> None:
+    for k in range(n):
+        canvas.disc((k + 0.5, y), 0.35, rendering.ORANGE if k == shown else rendering.PALE)
+
+
+def render(state: np.ndarray) -> np.ndarray:
+    canvas = rendering.Canvas(240, 60, x=(0, 4), y=(0, 1))
+    _row(canvas, 0.5, int(state[1]), int(N))
+    return canvas.picture()
+
+
+def render_multi(state: np.ndarray) -> np.ndarray:
+    canvas = rendering.Canvas(240, 120, x=(0, 4), y=(0, 2))
+    _row(canvas, 1.5, int(state[1]), int(N_FIRST))
+    _row(canvas, 0.5, int(state[2]), int(N))
+    return canvas.picture()
+
+
+def render_continuous(state: np.ndarray) -> np.ndarray:
+    canvas = rendering.Canvas(240, 60, x=(-1.2, 1.2), y=(-0.3, 0.3))
+    canvas.line((-1, 0), (1, 0), 0.02, rendering.GREY)
+    canvas.disc((float(state[1]), 0.0), 0.1, rendering.ORANGE)
+    return canvas.picture()
+
+
 SPEC = Spec(
     name="Identity",
     reset=reset,
@@ -104,6 +130,7 @@ SPEC = Spec(
     observation_space=gymnasium.spaces.Box(ZERO, ONE, (4,), dtype=np.float32),
     action_space=gymnasium.spaces.Discrete(int(N)),
     time_limit=None,
+    render=render,
 )
 
 SPEC_MULTI_DISCRETE = Spec(
@@ -115,6 +142,7 @@ SPEC_MULTI_DISCRETE = Spec(
     observation_space=gymnasium.spaces.Box(ZERO, ONE, (7,), dtype=np.float32),
     action_space=gymnasium.spaces.MultiDiscrete([int(N_FIRST), int(N)]),
     time_limit=None,
+    render=render_multi,
 )
 
 SPEC_CONTINUOUS = Spec(
@@ -126,4 +154,5 @@ SPEC_CONTINUOUS = Spec(
     observation_space=gymnasium.spaces.Box(-ONE, ONE, (1,), dtype=np.float32),
     action_space=gymnasium.spaces.Box(-ONE, ONE, (1,), dtype=np.float32),
     time_limit=None,
+    render=render_continuous,
 )

@@ -8,6 +8,7 @@ truncation for an end learns at most (1 - gamma^20) / (1 - gamma).
 import gymnasium
 import numpy as np
 
+from rl.envs import rendering
 from rl.envs.spec import Spec
 from rl.kernels.jit import scalar
 
@@ -29,6 +30,12 @@ def observe(state, obs):
     obs[0] = state[0]
 
 
+def render(state: np.ndarray) -> np.ndarray:
+    canvas = rendering.Canvas(60, 60, x=(-1, 1), y=(-1, 1))
+    canvas.disc((0.0, 0.0), 0.7, rendering.ORANGE)
+    return canvas.picture()
+
+
 SPEC = Spec(
     name="NeverEnding",
     reset=reset,
@@ -38,4 +45,5 @@ SPEC = Spec(
     observation_space=gymnasium.spaces.Box(-ONE, ONE, (1,), dtype=np.float32),
     action_space=gymnasium.spaces.Discrete(2),
     time_limit=20,
+    render=render,
 )

@@ -121,10 +121,15 @@ class NativeVecEnv:
         elif self.backend == "python":
             self._python = _drivers.python_drivers(spec)
             limit = self.time_limit or _NO_LIMIT
-            size = self._action_shape.numel()
-            self._advance = lambda action: (
-                self._python.step(self._arrays(), action, limit, self._mode) if action.size == size else _drivers.WRONG_SHAPE
-            )
+            dtype = np.dtype(np.float32 if self.action_kind == "continuous" else np.int64)
+            shape = tuple(self._action_shape)
+
+            def advance(action: np.ndarray) -> int:
+                if action.dtype != dtype or action.shape != shape:
+                    raise TypeError("convert it first")  # as a compiled driver says
+                return self._python.step(self._arrays(), action, limit, self._mode)
+
+            self._advance = advance
         else:
             self._init_cpu(threads)
 
@@ -189,7 +194,7 @@ class NativeVecEnv:
         words = torch.tensor([seed & 0xFFFFFFFF, seed >> 32], dtype=torch.int64).to(torch.uint32)
         self._tensors["seed"].copy_(words.to(self.device).expand(self.num_envs, 2))
         index = torch.arange(self.first_index, self.first_index + self.num_envs, dtype=torch.int64)
-        self._tensors["index"].copy_(index.to(torch.uint32))
+        self._tensors["number"].copy_(index.to(torch.uint32))
         self._tensors["clock"].zero_()
 
     # -- the env -----------------------------------------------------------------------------------------------------
@@ -219,7 +224,7 @@ class NativeVecEnv:
         words = torch.tensor([[(s or 0) & 0xFFFFFFFF, (s or 0) >> 32] for s in seeds], dtype=torch.int64)
         old = t["seed"].cpu().to(torch.int64)
         t["seed"].copy_(torch.where(seeded[:, None], words, old).to(torch.uint32))
-        t["index"].copy_(t["index"].cpu().to(torch.int64).masked_fill(seeded, 0).to(torch.uint32))
+        t["number"].copy_(t["number"].cpu().to(torch.int64).masked_fill(seeded, 0).to(torch.uint32))
         clock = t["clock"].clone()
         t["clock"].zero_()
         self.reset_envs(seeded)

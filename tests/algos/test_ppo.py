@@ -394,12 +394,9 @@ def test_what_is_masked_is_never_done(changes):
         assert mask is not None and mask.gather(1, action.unsqueeze(1)).all()
     assert all(torch.isfinite(x) for metrics in diary.metrics for x in metrics.values())
     assert torch.isfinite(agent.optimizer.param).all()
-    # Greedy: the best of what is allowed.
-    obs = torch.randn(200, 5)
-    mask = torch.rand(200, 3) < 0.4
-    mask[:, 2] = True
-    greedy = agent.act(obs, mask, None, explore=False).action
-    assert mask.gather(1, greedy.unsqueeze(1)).all() and (greedy != 2).any()
+    # Greedy too.
+    obs, only = torch.randn(200, 5), torch.randint(0, 3, (200,))
+    assert torch.equal(agent.act(obs, torch.nn.functional.one_hot(only, 3).bool(), None, explore=False).action, only)
 
 
 # --- state ------------------------------------------------------------------------------------------------------------------
@@ -485,7 +482,7 @@ def test_identity_is_learnt(name, changes, random, bar):
     test_env = rl.make_vec(name, 100)
     config = replace(IDENTITY, **changes)
     untrained = PPO(env.single_observation_space, env.single_action_space, 32, config)
-    assert evaluate(untrained, test_env, 100, seed=3).mean < (random + bar) / 2
+    assert evaluate(untrained, test_env, 100, seed=3).mean < random + 0.6 * (bar - random)
     agent, _ = learn_in(env, config, 60)
     assert evaluate(agent, test_env, 100, seed=3).mean > bar
 
@@ -504,21 +501,36 @@ class Merged:
         return step._replace(terminated=step.terminated | step.truncated, truncated=torch.zeros_like(step.truncated))
 
 
-@pytest.mark.parametrize("changes", [{}, {"fused": False}])
-def test_the_value_of_what_never_ends(changes):
+def value_taking_cuts_for_ends(gamma, gae_lambda, limit=20):
+    """The V at which the mean advantage over an episode's steps is 0, when its last step seems to be followed by nothing."""
+
+    def mean_advantage(v):
+        a, total = 0.0, 0.0
+        for k in range(limit):  # from the last step back
+            a = (1 - v if k == 0 else 1 + gamma * v - v) + gamma * gae_lambda * a
+            total += a
+        return total / limit
+
+    return mean_advantage(0) / (mean_advantage(0) - mean_advantage(1))  # it is linear in v
+
+
+@pytest.mark.parametrize("gae_lambda, changes", [(0.0, {}), (0.95, {}), (0.95, {"fused": False})])
+def test_the_value_of_what_never_ends(gae_lambda, changes):
     """Reward 1 for ever, cut every 20 steps without the time in sight: V = 1 / (1 - gamma) = 10.
 
-    Taking the cut for an end, V = 1 + gamma (1 - 1/20) V = 1 / (1 - .9 x .95) = 6.90: a learner cannot do better that does not know when.
+    Taking the cut for an end, one-step targets lead to 1 / (1 - .9 x 19/20) = 6.90, and longer ones lower still.
     """
+    broken = value_taking_cuts_for_ends(0.9, gae_lambda)
+    assert broken == pytest.approx(1 / (1 - 0.9 * 19 / 20) if gae_lambda == 0 else 6.25, rel=1e-3)
     config = Config(
-        rollout_steps=40, epochs=10, minibatches=2, lr=3e-3, gamma=0.9, gae_lambda=0.95, hidden=(16,), max_grad_norm=1e9, **changes
+        rollout_steps=20, epochs=8, minibatches=1, lr=1e-2, gamma=0.9, gae_lambda=gae_lambda, hidden=(16,), max_grad_norm=1e9, **changes
     )
     values = []
     for wrap in (lambda env: env, Merged):
-        agent, _ = learn_in(wrap(rl.make_vec("NeverEnding", 16, seed=1)), config, 120)
+        agent, _ = learn_in(wrap(rl.make_vec("NeverEnding", 8, seed=1)), config, 100)
         values.append(float(agent.policy(torch.ones(1, 1))[1].detach()))
     assert values[0] == pytest.approx(10.0, rel=0.02)
-    assert values[1] == pytest.approx(6.9, rel=0.05)
+    assert values[1] == pytest.approx(broken, rel=0.03)
 
 
 def test_the_network_says_what_it_can_act_in():

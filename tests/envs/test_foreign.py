@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import logging
 import os
+import select
 import subprocess
 import sys
 import time
@@ -402,6 +403,7 @@ def test_workers_do_not_outlive_a_killed_parent_even_in_a_hung_step(tmp_path: Pa
     process = script("env.step(torch.ones(2, dtype=torch.int64))\n", tmp_path)
     assert process.stdout is not None
     pids = [int(pid) for pid in process.stdout.readline().split()]
+    time.sleep(1.5)  # into the step that hangs
     assert len(pids) == 2 and all(map(alive, pids))
     process.kill()
     process.communicate()
@@ -426,6 +428,15 @@ assert env.restarts == 0
 """
     _, err = (process := script(tail, tmp_path)).communicate(timeout=60)
     assert process.returncode == 0, err
+
+
+def test_an_interrupted_steps_answers_are_not_taken_for_the_next_ones(make: Any) -> None:
+    env = make("foreign_zoo:Walk", 2, workers=2)
+    for worker in env._workers:
+        worker.ask(b"s")  # what a KeyboardInterrupt between asking and answering leaves behind
+    assert env.step(torch.zeros(2, dtype=torch.int64)).obs[:, 1].tolist() == [2, 2]
+    readable, _, _ = select.select([worker.sock for worker in env._workers], [], [], 0.3)
+    assert readable == []
 
 
 def test_workers_stay_light() -> None:

@@ -52,7 +52,6 @@ def test_impossible_action_raises_and_moves_nothing(name, backend):
             wrong = [-1, 4]
         for value in wrong:
             bad = action.clone()
-            bad[bad_env, ...] = bad[bad_env, ...]
             bad.view(n, -1)[bad_env, -1] = value
             with pytest.raises(ValueError, match=rf"{name}: action .* of env {bad_env} is not in"):
                 env.step(bad)
@@ -228,12 +227,10 @@ def test_load_state_dict_of_another_env_is_refused_whole(change, word):
     wrong["name"] = "Acrobot"
     with pytest.raises(ValueError, match="Acrobot"):
         env.load_state_dict(wrong)
-    for key in ("high", "clock"):  # the last of all: nothing may have been written before it was seen
-        torn = other.state_dict() if not change else make("CartPole", 2, seed=9).state_dict()
-        torn["tensors"].pop("clock")
-        with pytest.raises(ValueError, match="clock"):
-            env.load_state_dict(torn)
-        assert key
+    torn = make("CartPole", 2, seed=9).state_dict()
+    torn["tensors"].pop("clock")  # the last of all: nothing may have been written before it was missed
+    with pytest.raises(ValueError, match="clock"):
+        env.load_state_dict(torn)
     assert_untouched(env, before)
 
 

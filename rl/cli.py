@@ -351,7 +351,7 @@ def _resumable(folder: Path) -> Iterator[None]:
 def _how_to_go_on(error: BaseException) -> str:
     for folder in map(Path, getattr(error, "__notes__", ())):
         checkpoints = folder / "checkpoints"
-        if checkpoints.is_dir() and any(checkpoints.iterdir()):
+        if checkpoints.is_dir() and any(checkpoints.glob("step_*")):
             return f": `rl resume {folder}` goes on from the last checkpoint"
-        return " before the first checkpoint: nothing to resume"
+        return f" before the first checkpoint: `rl resume {folder}` begins again"
     return ""

@@ -12,7 +12,7 @@ from rl import checkpoint as _checkpoint
 from rl import registry
 from rl.config import Resolved, read_run
 from rl.envs import make_vec
-from rl.errors import ConfigError
+from rl.errors import ConfigError, RunError
 from rl.types import Act, VectorEnv
 
 NATIVE_PARALLEL = 1024  # envs at most side by side in an evaluation
@@ -64,7 +64,7 @@ def evaluate(agent: Any, env: VectorEnv, episodes: int, seed: int, env_steps: in
         obs, state = step.obs, act.state
         if getattr(env, "ended", None) != 0:  # None on CUDA: only a look at the flags can tell
             over = step.terminated | step.truncated
-            counted = over & (played < quota)
+            counted = (over if env.episode_over is None else env.episode_over) & (played < quota)
             returns.append(env.episode_return[counted].clone())
             lengths.append(env.episode_length[counted].clone())
             played += counted
@@ -86,7 +86,9 @@ def evaluation_env(resolved: Resolved, episodes: int, device: str | torch.device
     """An env to evaluate in: the run's own, apart from the one it trains in."""
     native = resolved.env_entry.family != "foreign"
     num_envs = min(episodes, NATIVE_PARALLEL if native else FOREIGN_PARALLEL)
-    return make_vec(resolved.env_entry.name, num_envs, device=device, **{**resolved.common.env_options, **options})
+    if resolved.env_entry.subfamily == "atari":
+        options = {"terminal_on_life_loss": False, **options}  # a help in learning; the score is the whole game's
+    return make_vec(resolved.env_entry.name, num_envs, device=device, **{**options, **resolved.common.env_options})
 
 
 def build_agent(resolved: Resolved, env: VectorEnv, num_envs: int, device: str | torch.device) -> Any:
@@ -166,8 +168,12 @@ def load(run: str | Path, checkpoint: str | int = "best", device: str = "cpu") -
         agent = build_agent(resolved, env, resolved.common.num_envs, device)
     finally:
         env.close()
-    agent.load_state_dict(state["agent"])
-    return Policy(resolved, agent, int(meta["env_steps"]), torch.device(device))
+    try:
+        agent.load_state_dict(state["agent"])
+        env_steps = int(meta["env_steps"])
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise RunError(f"the checkpoint does not fit the run's configuration: {error!r}") from error
+    return Policy(resolved, agent, env_steps, torch.device(device))
 
 
 def evaluate_run(run: str | Path, episodes: int = 100, seed: int | None = None, checkpoint: str | int = "best") -> dict[str, Any]:

@@ -28,6 +28,8 @@ class RunLogger:
         rows: list[dict[str, str]] = []
         if resume_at is not None and self.path.exists():
             rows = [row for row in self._read() if int(row[_STEP]) <= resume_at]
+        # The final evaluation of a run that was finished, or killed right after it, comes once more: it is not written twice.
+        self._again = (resume_at, [{k: v for k, v in row.items() if v and k != _STEP} for row in rows if int(row[_STEP]) == resume_at])
         self._file: IO[str] = self._rewrite(rows)
         self._events = None
         if tensorboard:
@@ -38,6 +40,8 @@ class RunLogger:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """One row at `step` env steps: numbers by tag. A tag never seen before adds a column."""
         values = {tag: float(value) for tag, value in metrics.items()}
+        if step == self._again[0] and {tag: repr(value) for tag, value in values.items()} in self._again[1]:
+            return
         if not self._known.issuperset(values):
             self._widen([tag for tag in values if tag not in self._known])
         cells = [repr(values[tag]) if tag in values else "" for tag in self._columns[1:]]

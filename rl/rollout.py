@@ -58,6 +58,8 @@ class Rollout:
         if t == 0:  # made even if no episode ends
             for name, like in (("final_obs", step.final_obs), ("episode_return", env.episode_return), ("episode_length", env.episode_length)):
                 self._row(name, t, like)
+        if env.episode_over is not None:
+            self._row("episode_over", t, env.episode_over).copy_(env.episode_over)
         # On CUDA nobody knows without waiting whether an episode ended: copy always.
         if getattr(env, "ended", None) != 0:
             self._row("final_obs", t, step.final_obs).copy_(step.final_obs)
@@ -74,7 +76,9 @@ class Rollout:
 
     def episodes(self) -> tuple[Tensor, Tensor]:
         """Returns and lengths of the episodes that ended, in order of time; on the CPU."""
-        ended = self._data["terminated"] | self._data["truncated"]
+        ended = self._data.get("episode_over")
+        if ended is None:
+            ended = self._data["terminated"] | self._data["truncated"]
         return self._data["episode_return"][ended].cpu(), self._data["episode_length"][ended].cpu()
 
     def not_finite(self) -> list[str]:

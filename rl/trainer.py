@@ -88,6 +88,8 @@ def run_resume(folder: Path, overrides: Any, display: Display) -> Result:
             for path, reason in skipped:
                 display.message(f"skipped a damaged checkpoint, {path}: {reason}")
             parts.restore(state)
+            if skipped:  # else "last" and "best" would still mean them
+                _checkpoint.drop_after(checkpoints, parts.loop_state.env_steps)
         else:
             display.message("stopped before its first checkpoint: beginning again from step 0")
         if overrides:
@@ -150,6 +152,7 @@ class _Run:
         self.good: Any = None  # the last state known to be finite
         self.last_save = time.perf_counter()
         self.stop_requested = False
+        self.sound = False  # whether the last iteration was looked at and found finite: nothing else is saved
 
     # -- the run -----------------------------------------------------------------------------------------------------
 
@@ -158,7 +161,7 @@ class _Run:
         if self.resumed_at is None:
             self.env.reset(stream_seed(c.seed, 1))
         self.logger = RunLogger(self.folder, c.tensorboard, self.resumed_at)
-        self.good = self.state_dict()
+        self.good = clone(self.state_dict())
         saved_at = self.resumed_at
         with _Interrupts(self):
             while True:
@@ -188,9 +191,9 @@ class _Run:
                 self.next_eval = (progress.env_steps // c.eval_interval + 1) * c.eval_interval
                 if self._evaluate(progress.env_steps) and c.stop_at_threshold:
                     return
-            if self.stop_requested:
+            if self.sound and self.stop_requested:
                 return
-            if time.perf_counter() - self.last_save >= c.checkpoint_seconds:
+            if self.sound and self._save_is_due():
                 self.save()
 
     def _account(self, progress: Progress) -> None:
@@ -199,9 +202,10 @@ class _Run:
         self.returns.extend(progress.episode_returns.tolist())
         self.lengths.extend(progress.episode_lengths.tolist())
         steps = progress.env_steps
-        if steps < self.next_log and steps < self.common.total_steps:
+        logged = steps >= min(self.next_log, self.common.total_steps)
+        self.sound = logged or steps >= self.next_eval or self.stop_requested or self._save_is_due()
+        if not self.sound:
             return
-        self.next_log = steps + self.common.log_every
         names = list(progress.metrics)
         values = torch.stack([torch.as_tensor(x, dtype=torch.float32, device=self.device) for x in progress.metrics.values()]).tolist()
         metrics = dict(zip(names, values, strict=True))
@@ -211,6 +215,9 @@ class _Run:
         check = getattr(self.env, "check_errors", None)
         if check is not None:
             check()
+        if not logged:
+            return
+        self.next_log = steps + self.common.log_every
         if self.returns:
             metrics["rollout/ep_rew_mean"] = sum(self.returns) / len(self.returns)
             metrics["rollout/ep_len_mean"] = sum(self.lengths) / len(self.lengths)
@@ -223,6 +230,9 @@ class _Run:
         if self.evaluations:
             shown["eval"] = self.evaluations[-1].mean
         self.display.update(steps, shown)
+
+    def _save_is_due(self) -> bool:
+        return time.perf_counter() - self.last_save >= self.common.checkpoint_seconds
 
     def _evaluate(self, steps: int) -> bool:
         """Evaluate, keep the best; whether the env's threshold is reached."""
@@ -238,7 +248,7 @@ class _Run:
         reached = threshold is not None and result.mean >= threshold
         if reached and self.reached is None:
             self.reached = (steps, self.seconds)
-        if result.mean > best:
+        if result.mean >= best:  # of equal ones the later, as `checkpoint.find` and the result have it
             self.save()
         return reached
 
@@ -303,7 +313,7 @@ class _Run:
         try:
             self.agent.load_state_dict(state["agent"])
             self.env.load_state_dict(state["env"])
-        except (KeyError, ValueError, RuntimeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise RunError(f"the checkpoint does not fit this run's configuration: {error}") from error
         if not self.env.exact_resume:
             self.display.message(f"{self.env.name} cannot be restored: its envs begin new episodes (the agent goes on exactly)")
@@ -334,6 +344,9 @@ class _Run:
         earlier, good_steps = self.earlier_seconds, self.good["loop"]["env_steps"]
         self.display.message(f"{message}; going back to step {good_steps:,} with other random numbers")
         self.restore(clone(self.good))
+        if self.logger is not None:  # what was measured since did not happen
+            self.logger.close()
+        self.logger = RunLogger(self.folder, self.common.tensorboard, self.resumed_at)
         self.retries, self.earlier_seconds = retries, earlier
         # The same numbers would lead to the same end.
         seed = stream_seed(self.common.seed, 6, retries)

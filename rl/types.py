@@ -45,6 +45,7 @@ class VectorEnv(Protocol):
     episode_return: Tensor  # [B] float32
     episode_length: Tensor  # [B] int32
     action_mask: Tensor | None  # [B, n] bool, legal actions for the current obs; None where every action is legal
+    episode_over: Tensor | None  # [B] bool, where not every end counts (Atari's lost lives): whether the game itself ended
     exact_resume: bool  # whether load_state_dict restores the env exactly
 
     def reset(self, seed: int | None = None) -> Tensor:

@@ -17,7 +17,7 @@ class CountingEnv:
     Odd envs terminate, even ones are truncated. As the real ones do, it reuses its buffers.
     """
 
-    name, exact_resume = "Counting", True
+    name, exact_resume, episode_over = "Counting", True, None
 
     def __init__(self, lengths: tuple[int, ...], masked: bool = False):
         self.lengths = torch.tensor(lengths, dtype=torch.int32)

@@ -61,7 +61,7 @@ def serve(versions, make):
             batch = asked["batch"]
             try:
                 run, close = make(asked["env"], batch)
-                run(3)
+                run(2)
             except Exception as error:
                 answer(skip=f"{type(error).__name__}: {error}"[:200])
                 continue

@@ -547,6 +547,7 @@ class CudaDrivers(NamedTuple):
 
 def cuda_functions(spec: Spec) -> CudaDrivers:
     """The kernels as plain functions, to be compiled by `numba.cuda.jit` (or to PTX without a GPU, or by the simulator)."""
+    global cuda  # not a local: the simulator puts its own module into the place of this name in a kernel's globals
     from numba import cuda
 
     rules = _rules(spec)

@@ -6,6 +6,7 @@ with what lies below. Coordinates are the env's own (y upwards), lengths too.
 
 from collections.abc import Iterable, Sequence
 from copy import copy
+from itertools import pairwise
 
 import numpy as np
 
@@ -50,7 +51,7 @@ class Canvas:
 
     def polyline(self, points: Iterable[Point], width: float, colour: Colour) -> None:
         corners = list(points)
-        for start, end in zip(corners[:-1], corners[1:]):
+        for start, end in pairwise(corners):
             self.line(start, end, width, colour)
 
     def polygon(self, corners: Sequence[Point], colour: Colour) -> None:

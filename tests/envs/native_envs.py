@@ -36,7 +36,8 @@ def random_actions(env: NativeVecEnv, steps: int, seed: int = 0) -> torch.Tensor
 def record(env: NativeVecEnv, actions: torch.Tensor, reset: bool = True) -> dict[str, torch.Tensor]:
     """Everything an env says while it takes `actions` [T, B, ...]: [T, B, ...] each, and the first obs."""
     first = env.reset().clone() if reset else env.obs.clone()
-    log: dict[str, list[torch.Tensor]] = {key: [] for key in ("obs", "reward", "terminated", "truncated", "final_obs", "returns", "lengths")}
+    keys = ("obs", "reward", "terminated", "truncated", "final_obs", "returns", "lengths")
+    log: dict[str, list[torch.Tensor]] = {key: [] for key in keys}
     for action in actions:
         out = env.step(action)
         ended = out.terminated | out.truncated

@@ -401,12 +401,14 @@ def test_a_script_that_just_ends_leaves_nothing_and_says_nothing(tmp_path: Path)
 
 def test_workers_do_not_outlive_a_killed_parent_even_in_a_hung_step(tmp_path: Path) -> None:
     process = script("env.step(torch.ones(2, dtype=torch.int64))\n", tmp_path)
-    assert process.stdout is not None
+    assert process.stdout is not None and process.stderr is not None
     pids = [int(pid) for pid in process.stdout.readline().split()]
     time.sleep(1.5)  # into the step that hangs
     assert len(pids) == 2 and all(map(alive, pids))
     process.kill()
-    process.communicate()
+    process.wait()  # not communicate: a worker left over would hold the pipes open
+    process.stdout.close()
+    process.stderr.close()
     assert wait_for(lambda: not any(map(alive, pids)))
 
 

@@ -5,10 +5,12 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import gymnasium
 import numpy as np
 import pytest
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
@@ -32,13 +34,16 @@ def test_every_native_env_is_registered_once():
         spec = gymnasium.spec(env_id)
         assert spec.max_episode_steps == registry.find_env(name).time_limit
         assert spec.reward_threshold == registry.find_env(name).threshold
-        assert gymnasium.envs.registration.EnvSpec.from_json(spec.to_json()) == spec
+        assert EnvSpec.from_json(spec.to_json()) == spec
 
 
 def test_registration_loads_neither_torch_nor_numba():
-    code = "import sys, rl.envs.registration, gymnasium; gymnasium.spec('rl/CartPole-v1'); print([m for m in ('torch', 'numba') if m in sys.modules])"
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    code = (
+        "import sys, rl.envs.registration, gymnasium; gymnasium.spec('rl/CartPole-v1'); "
+        "print([m for m in ('torch', 'numba') if m in sys.modules])"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], env=env, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
@@ -138,11 +143,12 @@ def same_infos(a, b):
 def test_next_step_vector_equals_a_sync_vector(env_id):
     """Bit for bit, resets included: an env's clock ticks once a call in both."""
     limit = 25 if gymnasium.spec(env_id).max_episode_steps else None
-    how = {} if limit is None else {"max_episode_steps": limit}
+    how: dict[str, Any] = {} if limit is None else {"max_episode_steps": limit}
     ours, theirs = gymnasium.make_vec(env_id, num_envs=3, **how), sync(env_id, 3, AutoresetMode.NEXT_STEP, limit)
     assert ours.observation_space == theirs.observation_space and ours.action_space == theirs.action_space
     ours.action_space.seed(1)
-    assert np.array_equal(ours.reset(seed=9)[0], theirs.reset(seed=9)[0])
+    first: Any = ours.reset(seed=9)[0]
+    assert np.array_equal(first, theirs.reset(seed=9)[0])
     ends = 0
     for _ in range(300):
         action = ours.action_space.sample()
@@ -157,7 +163,7 @@ def test_next_step_vector_equals_a_sync_vector(env_id):
 class Follow(gymnasium.Wrapper):
     """A single env that, when it is reset without a seed, starts where env `index` of a vector has just started."""
 
-    leader = None
+    leader: Any = None
     index = 0
 
     def reset(self, *, seed=None, options=None):

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -111,7 +112,10 @@ def test_convertible_actions_are_converted(name, backend):
     wide = torch.stack([action, torch.zeros_like(action)], 1)
     doubled = wide[:, 0]
     assert not doubled.is_contiguous()
-    forms = [action.to(torch.int32), action.to(torch.int8)] if env.action_kind != "continuous" else [action.double(), action.clone().requires_grad_()]
+    if env.action_kind == "continuous":
+        forms: list[Any] = [action.double(), action.clone().requires_grad_()]
+    else:
+        forms = [action.to(torch.int32), action.to(torch.int8)]
     if action.dim() == 2:
         forms.append(action.t().contiguous().t())
     for form in (doubled, *forms, action.numpy(), action.tolist()):

@@ -40,7 +40,8 @@ def test_readme_holds_the_two_commands_and_ci_runs_just_these():
     assert pattern is not None, ".ci/run no longer reads the commands from README.md"
     assert [line for line in README.splitlines() if re.match(pattern[1], line)] == list(PROMISED)
     assert '-c "$train_line total_steps=5000' in script
-    assert script.rstrip().endswith('-c "$test_line"'), "the tests come last, so that pytest's summary closes"
+    after = script.split('bash -euo pipefail -c "$test_line"\n')[1]
+    assert after == 'exit "${#failed[@]}"\n', "the tests come last, so that pytest's summary closes"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="bash")

@@ -59,6 +59,11 @@ def die_at(name, count):
         return result
     setattr(owner, attribute, mortal)
 
+# Children inherit what is compiled and loaded.
+warm = ["algo=ppo", "preset=debug", "device=cpu", "tensorboard=false", "total_steps=64", "eval_every=64", "num_envs=4", "-q"]
+for k, words in enumerate((["env=CartPole"], ["env=Pendulum", "normalize_obs=true", "normalize_reward=true"], ["env=IdentityContinuous"])):
+    assert rl.cli.main(["train", *warm, *words, f"run_dir={sys.argv[1]}/{k}"]) == 0
+
 for line in sys.stdin:
     order = json.loads(line)
     child = os.fork()
@@ -77,7 +82,7 @@ class Nursery:
     def __init__(self, folder: Path):
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
         self.log = folder / "log"
-        self.process = subprocess.Popen([sys.executable, "-c", NURSERY], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen([sys.executable, "-c", NURSERY, str(folder)], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def begin(self, *words: str, moment=None) -> int:
         assert self.process.stdin and self.process.stdout
@@ -290,7 +295,7 @@ def test_a_checkpoint_of_another_network_is_refused(undisturbed, tmp_path):
 
 def test_a_foreign_env_says_that_it_restarts(command, tmp_path):
     folder = tmp_path / "run"
-    words = [*SMALL, "env=gym:CartPole-v1", "env.workers=1", "total_steps=256", "eval_every=256", "checkpoint_seconds=0"]
+    words = [*SMALL[:4], "env=gym:CartPole-v1", "env.workers=1", "total_steps=256", "eval_every=256", "checkpoint_seconds=0"]
     assert command.run("train", *words, f"run_dir={folder}", moment=("learn", 3)) == -9, command.said()
     step = checkpoint.describe(checkpoint.find(folder / "checkpoints", "last")).step
     assert command.run("resume", str(folder)) == 0, command.said()

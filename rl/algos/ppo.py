@@ -32,7 +32,7 @@ from rl.distributions import Distribution, distribution, head_size
 from rl.kernels.actor_critic import TwinMLP
 from rl.kernels.lstm import lstm
 from rl.kernels.returns import gae
-from rl.networks import ConvEncoder, is_image, mlp, orthogonal
+from rl.networks import ConvEncoder, is_image, mlp
 from rl.normalize import RewardNorm, RunningNorm
 from rl.optim import FlatAdam
 from rl.rollout import RolloutBatch

@@ -22,14 +22,16 @@ class CountingEnv:
     def __init__(self, lengths: tuple[int, ...], masked: bool = False):
         self.lengths = torch.tensor(lengths, dtype=torch.int32)
         self.num_envs, self.device = len(lengths), torch.device("cpu")
-        self.single_observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (3,), np.float32)
-        self.single_action_space = gymnasium.spaces.Discrete(5)
+        self.single_observation_space: gymnasium.Space = gymnasium.spaces.Box(-np.inf, np.inf, (3,), np.float32)
+        self.single_action_space: gymnasium.Space = gymnasium.spaces.Discrete(5)
         self.action_mask: Tensor | None = torch.ones(self.num_envs, 5, dtype=torch.bool) if masked else None
         b = self.num_envs
         self.obs, self.final_obs, self.reward = torch.zeros(b, 3), torch.zeros(b, 3), torch.ones(b)
         self.terminated, self.truncated = torch.zeros(b, dtype=torch.bool), torch.zeros(b, dtype=torch.bool)
         self.episode_return, self.episode_length = torch.zeros(b), torch.zeros(b, dtype=torch.int32)
-        self.steps, self.resets, self.ended = 0, 0, 0
+        self.episode_over: Tensor | None = None
+        self.steps, self.resets = 0, 0
+        self.ended: int | None = 0
         self.actions: list[Tensor] = []
 
     def _see(self) -> None:
@@ -91,7 +93,7 @@ class CountingAgent:
         return Act(action, (torch.zeros(len(obs), 2, 1) if state is None else state) + 1, extras)
 
     def learn(self, batch: RolloutBatch) -> dict[str, Tensor]:
-        copied = {k: v.clone() if isinstance(v, Tensor) else v for k, v in batch._asdict().items()}
+        copied: dict[str, Any] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in batch._asdict().items()}
         copied["extras"] = {k: v.clone() for k, v in batch.extras.items()}
         self.batches.append(RolloutBatch(**copied))
         return {"train/updates": torch.tensor(float(len(self.batches)))}

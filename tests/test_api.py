@@ -1,6 +1,7 @@
 """The suite from Python, and the figures it reports in JSON."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from rl.checkpoint import CheckpointError
 from rl.cli import main
 from rl.errors import ConfigError
 
-SMALL = dict(algo="ppo", preset="debug", device="cpu", quiet=True, tensorboard=False, total_steps=256, eval_every=128)
+SMALL: dict[str, Any] = dict(algo="ppo", preset="debug", device="cpu", quiet=True, tensorboard=False, total_steps=256, eval_every=128)
 
 
 @pytest.fixture(scope="module")
@@ -143,8 +144,8 @@ def test_train_prints_one_json_object(tmp_path, capfd):
     assert main(["train", "env=CartPole", f"run_dir={tmp_path / 'r'}", *words, "--json"]) == 0
     out, err = capfd.readouterr()
     report = one_object(out)
-    assert {"run", "algo", "env", "seed", "env_steps", "wall_seconds", "learning_seconds", "steps_per_second", "final", "best", "threshold"} <= set(report)
-    assert {"threshold_step", "threshold_second", "evaluations"} <= set(report)
+    assert {"run", "algo", "env", "seed", "env_steps", "wall_seconds", "learning_seconds", "steps_per_second"} <= set(report)
+    assert {"final", "best", "threshold", "threshold_step", "threshold_second", "evaluations"} <= set(report)
     assert {"mean", "std", "episodes", "env_steps"} <= set(report["final"]) and {"mean", "std", "episodes"} <= set(report["best"])
     assert report["env_steps"] == 256 and 0 < report["learning_seconds"] <= report["wall_seconds"]
     assert report["steps_per_second"] == pytest.approx(256 / report["learning_seconds"], rel=1e-6)

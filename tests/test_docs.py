@@ -80,6 +80,7 @@ def test_readme_python_runs(tmp_path, monkeypatch):
     assert 'preset="debug"' in (tmp_path / "example.py").read_text()
     found = runpy.run_path(str(tmp_path / "example.py"))
     assert found["action"].shape == (4,)
+    assert found["many"].num_envs == 4
 
 
 def test_readme_tables_agree_with_the_registry():

@@ -34,6 +34,22 @@ def test_every_env_plays_its_share(episodes, wanted):
     assert (result.min, result.max, result.episodes, result.env_steps) == (2, 20, episodes, 77)
 
 
+def test_lost_lives_do_not_count_as_games():
+    class Lives(CountingEnv):
+        def step(self, action):
+            step = super().step(action)
+            over = step.terminated | step.truncated
+            self.lives = getattr(self, "lives", torch.zeros(2, dtype=torch.int32)) + over.int()
+            self.episode_over = over & (self.lives % 3 == 0)
+            self.episode_length.copy_(self.lives)  # to be told apart
+            return step
+
+    env = Lives((2, 5))
+    env.episode_over = torch.zeros(2, dtype=torch.bool)
+    result = evaluate(Always(), env, 4, seed=0)
+    assert (result.episodes, result.length) == (4, (3 + 6 + 3 + 6) / 4)
+
+
 def test_it_acts_greedily_and_resets_with_its_seed():
     class Seeded(CountingEnv):
         seeds: list[Any] = []  # noqa: RUF012

@@ -69,7 +69,8 @@ def test_variants_of_ppo(env, words, tmp_path, capfd):
 
 
 def test_what_ppo_cannot_do_is_said_before_any_work(tmp_path, capfd):
-    for words, says in ((["minibatches=1000"], "minibatches=1000 does not fit 64 samples"), (["lstm_size=8", "minibatches=5"], "does not fit 4 envs")):
+    cases = ((["minibatches=1000"], "minibatches=1000 does not fit 64 samples"), (["lstm_size=8", "minibatches=5"], "does not fit 4 envs"))
+    for words, says in cases:
         assert main(["train", "preset=debug", "device=cpu", "algo=ppo", "env=CartPole", f"run_dir={tmp_path / 'run'}", *words]) == 2
         assert says in capfd.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -77,7 +78,8 @@ def test_what_ppo_cannot_do_is_said_before_any_work(tmp_path, capfd):
 
 def test_a_foreign_env(tmp_path, capfd):
     """Gymnasium's own CartPole, in a worker process."""
-    report = run(tmp_path / "run", capfd, "algo=ppo", "env=gym:CartPole-v1", "total_steps=256", "eval_every=256", "num_envs=2", "env.workers=1")
+    words = ["algo=ppo", "env=gym:CartPole-v1", "total_steps=256", "eval_every=256", "num_envs=2", "env.workers=1"]
+    report = run(tmp_path / "run", capfd, *words)
     assert report["env_steps"] == 256 and report["env"] == "gym:CartPole-v1"
     assert main(["resume", str(tmp_path / "run"), "total_steps=320"]) == 0
     err = capfd.readouterr().err

@@ -82,7 +82,8 @@ class Nursery:
     def __init__(self, folder: Path):
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
         self.log = folder / "log"
-        self.process = subprocess.Popen([sys.executable, "-c", NURSERY, str(folder)], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        words = [sys.executable, "-c", NURSERY, str(folder)]
+        self.process = subprocess.Popen(words, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def begin(self, *words: str, moment=None) -> int:
         assert self.process.stdin and self.process.stdout
@@ -317,7 +318,8 @@ def test_real_commands_killed_from_outside(undisturbed, tmp_path):
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    done = subprocess.run([sys.executable, "-m", "rl", "resume", str(folder), "--json"], env=env, capture_output=True, text=True, timeout=240)
+    resume = [sys.executable, "-m", "rl", "resume", str(folder), "--json"]
+    done = subprocess.run(resume, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["env_steps"] == 1024
     assert_same(folder, undisturbed("discrete-fused"))

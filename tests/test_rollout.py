@@ -52,6 +52,27 @@ def test_episodes_come_in_order_of_time():
     assert returns.tolist() == [2.0, 3.0, 2.0, 5.0, 3.0, 2.0]
 
 
+class Lives(CountingEnv):
+    """Every second end is only a lost life: to be learnt from, not to be counted."""
+
+    def step(self, action):
+        step = super().step(action)
+        over = step.terminated | step.truncated
+        self.lost = getattr(self, "lost", torch.zeros(self.num_envs, dtype=torch.int32)) + over.int()
+        self.episode_over = over & (self.lost % 2 == 0)
+        return step
+
+
+def test_only_whole_games_are_counted():
+    env = Lives((2, 3))
+    env.episode_over = torch.zeros(2, dtype=torch.bool)
+    env.reset()
+    rollout = fill(env, 8)
+    assert rollout.episodes()[1].tolist() == [2, 3, 2]  # at steps 4, 6, 8 and not at 2, 3, 6
+    batch = rollout.batch(env.obs, None, None, 0.0)
+    assert int((batch.terminated | batch.truncated).sum()) == 6
+
+
 def test_a_rollout_is_used_again_and_forgets_the_last_one():
     env = ready(4, 9)
     rollout = fill(env, 6)
@@ -77,7 +98,7 @@ def test_an_env_that_cannot_say_whether_something_ended():
     for t in range(6):
         rollout.put_act(t, env.obs, None, agent.act(env.obs))
         step = env.step(torch.zeros(2, dtype=torch.int64))
-        env.ended = None  # type: ignore[assignment]
+        env.ended = None
         rollout.put_step(t, step, env)
     batch = rollout.batch(env.obs, None, None, 0.0)
     assert batch.final_obs[batch.terminated | batch.truncated].tolist() == [[0, 3, 3], [1, 5, 5], [0, 6, 3]]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,9 @@ from rl.registry import EnvEntry
 
 torch.set_num_threads(1)
 
-SMALL = dict(algo="ppo", preset="debug", device="cpu", quiet=True, tensorboard=False, total_steps=512, eval_every=256, env="CartPole")
+SMALL: dict[str, Any] = dict(
+    algo="ppo", env="CartPole", preset="debug", device="cpu", quiet=True, tensorboard=False, total_steps=512, eval_every=256,
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -63,7 +66,10 @@ def equal(a, b):
 # --- a pure function of its configuration -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [{}, {"env": "Pendulum", "normalize_obs": True, "normalize_reward": True}, {"lstm_size": 4, "fused": False}])
+NORMALISED = {"env": "Pendulum", "normalize_obs": True, "normalize_reward": True}
+
+
+@pytest.mark.parametrize("settings", [{}, NORMALISED, {"lstm_size": 4, "fused": False}])
 def test_the_seed_decides_every_bit(train, settings):
     (first, a), (second, b), (_, c) = train(seed=1, **settings), train(seed=1, **settings), train(seed=2, **settings)
     for part in ("agent", "env", "loop"):
@@ -76,7 +82,8 @@ def test_the_seed_decides_every_bit(train, settings):
 def test_evaluations_checkpoints_and_logs_do_not_influence_training(train):
     base = {"env": "Pendulum", "normalize_obs": True, "eval_every": 512}
     wanted = last(train(**base)[1])
-    for changes in ({"eval_every": 64}, {"eval_episodes": 9}, {"checkpoint_seconds": 0}, {"log_every": 300}, {"tensorboard": True}, {"keep": 1}):
+    others = ({"eval_every": 64}, {"eval_episodes": 9}, {"checkpoint_seconds": 0}, {"log_every": 300}, {"tensorboard": True}, {"keep": 1})
+    for changes in others:
         assert equal(last(train(**{**base, **changes})[1]), wanted), changes
 
 
@@ -96,7 +103,8 @@ def test_rows_of_metrics(train):
     assert evaluated == [256, 512]
     assert sum(bool(row["eval/final_mean_reward"]) for row in rows(folder)) == 1
     first = rows(folder)[0]
-    for name in ("policy_gradient_loss", "value_loss", "entropy_loss", "approx_kl", "clip_fraction", "explained_variance", "learning_rate", "grad_norm"):
+    figures = ("policy_gradient_loss", "value_loss", "entropy_loss", "approx_kl", "clip_fraction", "explained_variance", "learning_rate")
+    for name in (*figures, "grad_norm"):
         float(first[f"train/{name}"])
     assert float(first["time/fps"]) > 0 and float(rows(folder)[-3]["rollout/ep_rew_mean"]) > 8
 
@@ -277,7 +285,10 @@ def poison(monkeypatch, where, at):
 
 
 # 16 steps an iteration, 4 updates: both say "in the fifth iteration", after the checkpoint at 256.
-@pytest.mark.parametrize("where, at, named", [("observation", 70, "observation"), ("reward", 70, "reward"), ("gradient", 18, "train/grad_norm")])
+POISONS = [("observation", 70, "observation"), ("reward", 70, "reward"), ("gradient", 18, "train/grad_norm")]
+
+
+@pytest.mark.parametrize("where, at, named", POISONS)
 @pytest.mark.parametrize("saved", [True, False])
 def test_one_nan_is_named_dumped_and_rolled_back(train, monkeypatch, heard, where, at, named, saved):
     poison(monkeypatch, where, lambda k: k == at)
@@ -296,7 +307,7 @@ def test_one_nan_is_named_dumped_and_rolled_back(train, monkeypatch, heard, wher
     elif where == "reward":
         assert torch.isinf(rollout["reward"]).any()
     else:
-        assert torch.isnan(flat(state["agent"])["/policy/actor.0.weight"]).any() or torch.isnan(flat(state["agent"])["/optimizer/exp_avg"]).any()
+        assert torch.isnan(flat(state["agent"])["/optimizer/exp_avg"]).any()
     # Metrics go on, no step twice, nothing but numbers.
     steps = [int(row["step"]) for row in rows(folder) if row["train/value_loss"]]
     assert steps == list(range(64, 513, 64))
@@ -315,7 +326,8 @@ def test_after_the_rollback_it_is_another_path(train, monkeypatch, heard):
 def test_after_several_times_it_gives_up_with_that_message(train, monkeypatch, heard, where, named, tmp_path):
     first = 70 if where == "observation" else 18
     poison(monkeypatch, where, lambda k: k >= first)
-    with pytest.raises(RunError, match=rf"NaN or Inf in .*{named}.* at step .*the batch is in .*not_finite.*Gave up after going back 2 times"):
+    says = rf"NaN or Inf in .*{named}.* at step .*the batch is in .*not_finite.*Gave up after going back 2 times"
+    with pytest.raises(RunError, match=says):
         train(nan_retries=2, checkpoint_seconds=0)
     assert len(heard) == 2
     good = last(tmp_path / "run0")
@@ -360,7 +372,8 @@ def wait_for(condition, process, seconds=60.0):
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     folder = tmp_path / "run"
-    words = ["preset=debug", "device=cpu", "tensorboard=false", "total_steps=1e9", "eval_every=1e9", "checkpoint_seconds=1e6", "anneal_lr=false"]
+    words = ["preset=debug", "device=cpu", "tensorboard=false", "total_steps=1e9", "eval_every=1e9"]
+    words += ["checkpoint_seconds=1e6", "anneal_lr=false"]
     process = start("train", "algo=ppo", "env=CartPole", f"run_dir={folder}", *words)
     try:
         wait_for(lambda: (folder / "metrics.csv").exists() and len(rows(folder)) > 5, process)

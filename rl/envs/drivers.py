@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import gymnasium
 import numba
 import numpy as np
-from numba import carray, farray
+from numba import carray, farray  # type: ignore[attr-defined]
 
 from rl.envs.spec import Spec
 from rl.kernels.jit import as_pointer, driver, load_acquire, scalar, scalar_call, store_release
@@ -66,7 +66,7 @@ def layouts(spec: Spec) -> dict[str, Layout]:
     """The layout of every field of `Buffers` for `spec`."""
     space = spec.observation_space
     if isinstance(space, gymnasium.spaces.Box):
-        obs_shape, obs_dtype = space.shape, space.dtype
+        obs_shape, obs_dtype = tuple(space.shape), space.dtype  # type: ignore[arg-type]
     elif isinstance(space, gymnasium.spaces.Discrete):
         obs_shape, obs_dtype = (1,), np.dtype(np.int64)
     else:
@@ -81,6 +81,7 @@ def layouts(spec: Spec) -> dict[str, Layout]:
         action_shape = (len(choices),)
     else:
         action_shape, choices = spec.action_space.shape, ()  # type: ignore[assignment]
+    assert action_shape is not None
     bounds = action_shape if action == "continuous" else (0,)
     narrow_obs = len(obs_shape) == 1 and obs_shape[0] <= NARROW
     f32, i32, u32, flag = (np.dtype(x) for x in (np.float32, np.int32, np.uint32, np.bool_))
@@ -426,7 +427,7 @@ def cpu_drivers(spec: Spec) -> CpuDrivers:
 
     # Compiled for just these types (from disk, mostly). A call with an array of another dtype, rank or layout is then a
     # TypeError, which `NativeVecEnv` takes as its cue to convert.
-    number, kind = numba.types.int64, numba.from_dtype(np.dtype(action_type))
+    number, kind = numba.types.int64, numba.from_dtype(np.dtype(action_type))  # type: ignore[call-overload]
     one = numba.types.Array(kind, 1 + action_dims, "C")
     fix(step, (number, one, number, number))
     return CpuDrivers(

@@ -56,7 +56,7 @@ class NativeVecEnv:
     """
 
     exact_resume = True
-    episode_over = None  # every end of an episode is one
+    episode_over: torch.Tensor | None = None  # every end of an episode is one
 
     def __init__(
         self,

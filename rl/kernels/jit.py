@@ -17,15 +17,16 @@ from typing import Any
 import numba
 import numpy as np
 from numba import config as numba_config
-from numba.core import compiler, serialize, types
+from numba.core import compiler, extending, serialize, types
 from numba.core.dispatcher import Dispatcher
-from numba.core.extending import intrinsic
 
 __all__ = ["address_of", "as_pointer", "cache_dir", "driver", "fingerprint", "load_acquire", "scalar", "scalar_call", "store_release"]
 
 # `error_model="numpy"`: a division yields inf or nan instead of a branch to an exception, so that loops vectorise.
 _OPTIONS: dict[str, Any] = {"error_model": "numpy"}
 _DIGEST = 32  # bytes of SHA-256 before the content of a cache file
+
+intrinsic: Any = extending.intrinsic  # whose type hints would make callers pass the typing context too
 
 
 def scalar(function: Any) -> Any:
@@ -46,8 +47,8 @@ def driver(function: Any = None, **options: Any) -> Any:
     if function is None:
         return lambda f: driver(f, **options)
     dispatcher = numba.njit(nogil=True, **_OPTIONS, **options)(function)
-    if not numba_config.DISABLE_JIT:
-        dispatcher._cache = _ContentCache(dispatcher)
+    if not numba_config.DISABLE_JIT:  # type: ignore[attr-defined]
+        dispatcher._cache = _ContentCache(dispatcher)  # type: ignore[assignment]
     return dispatcher
 
 

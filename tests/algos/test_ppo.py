@@ -117,7 +117,8 @@ def make(obs_space, action_space, changes, num_envs=8, seed=1, base=SMALL):
 def test_the_first_minibatch_of_a_rollout_has_ratio_one(obs_space, action_space, changes, masked):
     """Else what acted was not what learns: another normalisation, mask or memory. In the second rollout the memory is not empty."""
     agent = make(obs_space, action_space, changes)
-    assert (agent.fused is not None) == (changes.get("fused", True) and "lstm_size" not in changes and obs_space is VECTOR and action_space is not MULTI)
+    small = "lstm_size" not in changes and obs_space is VECTOR and action_space is not MULTI
+    assert (agent.fused is not None) == (small and changes.get("fused", True))
     diary = live(agent, Toy(obs_space, action_space, 8, masked), iterations=3, total=10_000)
     for figures in diary.figures:
         first = dict(zip(FIGURES, figures[0].tolist(), strict=True))
@@ -294,7 +295,8 @@ def test_advantages_and_targets_of_a_rollout_by_hand():
     terminated at 1: delta_1 = 1 - 2 = -1 = A_1          A_0 = 1 - 1/4 = .75             A_2 as before
     truncated at 1:  delta_1 = 1 + .5 V(final) - 2 = A_1 A_0 = 1 + A_1/4                 A_2 as before
     """
-    agent = make(VECTOR, DISCRETE, {"gamma": 0.5, "gae_lambda": 0.5, "rollout_steps": 3, "minibatches": 1, "epochs": 1, "lr": 0.0}, num_envs=1)
+    changes = {"gamma": 0.5, "gae_lambda": 0.5, "rollout_steps": 3, "minibatches": 1, "epochs": 1, "lr": 0.0}
+    agent = make(VECTOR, DISCRETE, changes, num_envs=1)
     final, last = torch.full((5,), 2.0), torch.full((5,), -1.0)
     v_final, v_last = (float(agent.policy(x.view(1, 5))[1].detach()) for x in (final, last))
     assert abs(v_final - v_last) > 0.05
@@ -314,7 +316,7 @@ def test_advantages_and_targets_of_a_rollout_by_hand():
         batch = RolloutBatch(
             torch.randn(3, 1, 5), None, torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1),
             flag if how in ("terminated", "both") else none, flag if how in ("truncated", "both") else none,
-            final_obs, last.view(1, 5), None, None, {"log_prob": torch.full((3, 1), -1.1), "value": torch.tensor([[1.0], [2.0], [3.0]])}, 0.0,
+            final_obs, last.view(1, 5), None, None, {"log_prob": torch.full((3, 1), -1.1), "value": torch.arange(1.0, 4.0).view(3, 1)}, 0.0,
         )  # fmt: skip
         diary = live(agent, Toy(VECTOR, DISCRETE, 1))
         diary.learn(batch)

@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import replace
 
+import gymnasium
 import pytest
 import torch
 from torch import nn
@@ -59,9 +60,8 @@ CASES = list(itertools.product(("discrete", "masked", "continuous"), (None, 0.5)
 @pytest.mark.parametrize("kind, value_clip, normalize, entropy", CASES)
 def test_figures_gradients_and_weights_equal_autograds(kind, value_clip, normalize, entropy):
     space = CONTINUOUS if kind == "continuous" else DISCRETE
-    fused, plain = pair(
-        space, value_clip=value_clip, normalize_advantage=normalize, entropy_coef=entropy, value_coef=0.7, max_grad_norm=0.5, log_std_init=-0.3
-    )
+    changes = dict(value_clip=value_clip, normalize_advantage=normalize, entropy_coef=entropy)
+    fused, plain = pair(space, value_coef=0.7, max_grad_norm=0.5, log_std_init=-0.3, **changes)
     g = torch.Generator().manual_seed(11)
     for agent in (fused, plain):
         agent.optimizer.set_lr(1e-3)
@@ -130,7 +130,7 @@ def test_what_acting_returns_is_not_overwritten_by_the_next_call():
 
 
 def test_where_it_is_used_and_where_not():
-    def uses(obs_space=VECTOR, action_space=DISCRETE, **changes):
+    def uses(obs_space: gymnasium.Space = VECTOR, action_space: gymnasium.Space = DISCRETE, **changes):
         return PPO(obs_space, action_space, 8, Config(features=16, **changes)).fused is not None
 
     assert uses() and uses(action_space=CONTINUOUS) and uses(hidden=(8,)) and uses(hidden=(8, 4, 2))
@@ -160,7 +160,7 @@ def test_the_networks_equal_torch_at_every_depth(hidden):
 
 
 def test_twins_of_different_widths_do_not_fit():
-    def net(*sizes, act=nn.Tanh):
+    def net(*sizes: int, act: type[nn.Module] = nn.Tanh):
         return nn.Sequential(nn.Linear(3, sizes[0]), act(), nn.Linear(sizes[0], sizes[1]))
 
     assert TwinMLP.fits(net(8, 2), net(8, 1))

@@ -30,6 +30,7 @@ class Toy:
         self.generator = torch.Generator().manual_seed(seed)
         self.masked = masked
         self.action_mask: Tensor | None = None
+        self.episode_over: Tensor | None = None
         self.actions: list[tuple[Tensor, Tensor | None]] = []  # taken, and what was allowed
         self.reset()
 
@@ -111,7 +112,7 @@ class Diary:
         return self.agent.act(obs, mask, state, explore)
 
     def learn(self, batch: RolloutBatch) -> dict[str, Tensor]:
-        copied = {k: v.clone() if isinstance(v, Tensor) else v for k, v in batch._asdict().items()}
+        copied: dict[str, Any] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in batch._asdict().items()}
         copied["extras"] = {k: v.clone() for k, v in batch.extras.items()}
         self.batches.append(RolloutBatch(**copied))
         self.parts.append([])

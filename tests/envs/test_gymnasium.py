@@ -134,7 +134,8 @@ def same_infos(a, b):
         if isinstance(a[key], dict):
             same_infos(a[key], b[key])
         elif a[key].dtype == object:
-            assert all((x is None and y is None) or np.array_equal(x, y) for x, y in zip(a[key], b[key])), key
+            for x, y in zip(a[key], b[key]):
+                np.testing.assert_array_equal(x, y, err_msg=key)
         else:
             assert a[key].dtype == b[key].dtype and np.array_equal(a[key], b[key]), key
 

@@ -120,7 +120,7 @@ def test_convertible_actions_are_converted(name, backend):
         forms.append(action.t().contiguous().t())
     for form in (doubled, *forms, action.numpy(), action.tolist()):
         env.load_state_dict(start)
-        out = env.step(form)
+        out = env.step(form)  # type: ignore[arg-type]
         assert torch.equal(out.obs, expected["obs"]) and torch.equal(out.reward, expected["reward"]), form
     env.close()
 

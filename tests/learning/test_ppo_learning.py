@@ -38,8 +38,8 @@ def outcome(claim: Claim, seed: int, folder: str) -> dict:
     """One run; in a process of its own."""
     import rl
 
-    settings = dict(env=claim.env, seed=seed, total_steps=claim.steps, run_dir=folder, device="cpu", tensorboard=False, stop_at_threshold=False)
-    result = rl.train("algo=ppo", *claim.words, quiet=True, **settings)
+    words = (f"env={claim.env}", f"seed={seed}", f"total_steps={claim.steps}", f"run_dir={folder}", *claim.words)
+    result = rl.train("algo=ppo", "device=cpu", "tensorboard=false", "stop_at_threshold=false", *words, quiet=True)
     reached = [e["env_steps"] for e in result.evaluations if e["mean"] >= claim.bar]
     again = rl.evaluate(folder, episodes=100, checkpoint="best")
     return {

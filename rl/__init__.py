@@ -1,7 +1,7 @@
 """Reinforcement learning in one suite: compiled vector environments and readable algorithms behind one command.
 
     result = rl.train(algo="ppo", env="CartPole", seed=1)
-    agent = rl.load(result.folder)
+    agent = rl.load(result.run)
     action = agent.predict(obs, deterministic=True)
 
 Importing `rl` imports nothing else: each function fetches what it needs when it is called.

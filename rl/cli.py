@@ -159,7 +159,7 @@ def watch(run: str, words: tuple[str, ...], ansi: bool) -> None:
     folder = _run_folder(run)
     from rl.watch import watch_run
 
-    click.echo(watch_run(folder, ansi=ansi, **({"episodes": 1} | given)))
+    click.echo(watch_run(folder, ansi=ansi, **({"episodes": 1} | given)))  # type: ignore[arg-type]
 
 
 @command.command("list")

@@ -81,6 +81,7 @@ class GraphedCollect:
                 self._last = self._collect(self._first)
             self._graph = graph
         if self._first is not None:
+            assert recurrent is not None
             self._first.copy_(recurrent)
         self._graph.replay()
         return None if self._last is None else self._last.clone()

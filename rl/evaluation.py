@@ -77,9 +77,7 @@ def evaluate(agent: Any, env: VectorEnv, episodes: int, seed: int, env_steps: in
         raise RuntimeError(f"{env.name}: {left} of {episodes} evaluation episodes did not end within {_NO_END:,} steps; set env.time_limit")
     score = torch.cat(returns).double().cpu().numpy()
     length = torch.cat(lengths).double().mean().item()
-    return Evaluation(
-        env_steps, float(score.mean()), float(score.std()), float(score.min()), float(score.max()), len(score), float(length)
-    )
+    return Evaluation(env_steps, float(score.mean()), float(score.std()), float(score.min()), float(score.max()), len(score), float(length))
 
 
 def evaluation_env(resolved: Resolved, episodes: int, device: str | torch.device, **options: Any) -> VectorEnv:
@@ -118,9 +116,7 @@ class Policy:
         """Actions for a batch of observations [B, ...] on the policy's device."""
         return self.agent.act(obs, mask, state, explore=not deterministic)
 
-    def predict(
-        self, obs: Any, state: Any = None, mask: Any = None, deterministic: bool = True
-    ) -> tuple[np.ndarray, Any]:
+    def predict(self, obs: Any, state: Any = None, mask: Any = None, deterministic: bool = True) -> tuple[np.ndarray, Any]:
         """(action, next recurrent state) for one observation or a batch, as NumPy; like Stable-Baselines3's `predict`.
 
         Args:

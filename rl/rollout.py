@@ -31,15 +31,17 @@ class Rollout:
     def __init__(self, env: VectorEnv, steps: int):
         self.steps, self.num_envs, self.device = steps, env.num_envs, env.device
         self._data: dict[str, Tensor] = {}
+        self._rows: dict[str, tuple[Tensor, ...]] = {}
 
     def _row(self, name: str, t: int, like: Tensor) -> Tensor:
-        store = self._data.get(name)
-        if store is None:
+        rows = self._rows.get(name)
+        if rows is None:
             # Untouched pages of `final_obs` cost no memory on the CPU: it is written only where an episode was cut.
             store = self._data[name] = torch.empty((self.steps, *like.shape), dtype=like.dtype, device=self.device)
             if name in ("episode_return", "episode_length"):
                 store.zero_()
-        return store[t]
+            rows = self._rows[name] = store.unbind()  # made once: taking a row of a tensor costs more than copying into it
+        return rows[t]
 
     def put_act(self, t: int, obs: Tensor, mask: Tensor | None, act: Act) -> None:
         """Store the moment before step t. To be called before `env.step`, which overwrites `obs`."""
@@ -56,8 +58,9 @@ class Rollout:
         self._row("terminated", t, step.terminated).copy_(step.terminated)
         self._row("truncated", t, step.truncated).copy_(step.truncated)
         if t == 0:  # made even if no episode ends
-            for name, like in (("final_obs", step.final_obs), ("episode_return", env.episode_return), ("episode_length", env.episode_length)):
-                self._row(name, t, like)
+            self._row("final_obs", t, step.final_obs)
+            self._row("episode_return", t, env.episode_return)
+            self._row("episode_length", t, env.episode_length)
         if env.episode_over is not None:
             self._row("episode_over", t, env.episode_over).copy_(env.episode_over)
         # On CUDA nobody knows without waiting whether an episode ended: copy always.

@@ -55,10 +55,12 @@ class Result:
         return self.__dict__.copy()
 
     def summary(self) -> str:
-        lines = [f"{self.algo} on {self.env}: {self.env_steps:,} env steps in {self.wall_seconds:.1f} s ({self.steps_per_second:,.0f}/s while learning)"]
+        speed = f"{self.env_steps:,} env steps in {self.wall_seconds:.1f} s ({self.steps_per_second:,.0f}/s while learning)"
+        lines = [f"{self.algo} on {self.env}: {speed}"]
         for name, e in (("final", self.final), ("best", self.best)):
             if e is not None:
-                lines.append(f"{name:<6} {e['mean']:.1f} ± {e['std']:.1f} over {e['episodes']} greedy episodes (at step {e['env_steps']:,})")
+                score = f"{e['mean']:.1f} ± {e['std']:.1f} over {e['episodes']} greedy episodes"
+                lines.append(f"{name:<6} {score} (at step {e['env_steps']:,})")
         if self.threshold is not None:
             reached = "not reached" if self.threshold_step is None else f"reached at step {self.threshold_step:,}"
             lines.append(f"threshold {self.threshold:g}: {reached}")
@@ -100,7 +102,7 @@ def run_resume(folder: Path, overrides: Any, display: Display) -> Result:
 
 
 def choose_device(wanted: str) -> torch.device:
-    """"auto" is CUDA where torch and numba-cuda can use it, else the CPU."""
+    """The device that is meant: "auto" is CUDA where torch and numba-cuda can use it, else the CPU."""
     if wanted != "auto":
         return torch.device(wanted)
     if torch.cuda.is_available():
@@ -224,7 +226,12 @@ class _Run:
         metrics["time/fps"] = steps / max(self.learning_seconds, 1e-9)
         self.logger.log(steps, metrics)
         shown = {}
-        for tag, name in (("rollout/ep_rew_mean", "return"), ("train/policy_gradient_loss", "policy"), ("train/value_loss", "value"), ("train/entropy_loss", "entropy")):
+        for tag, name in (
+            ("rollout/ep_rew_mean", "return"),
+            ("train/policy_gradient_loss", "policy"),
+            ("train/value_loss", "value"),
+            ("train/entropy_loss", "entropy"),
+        ):
             if tag in metrics:
                 shown[name] = metrics[tag]
         if self.evaluations:
@@ -267,8 +274,9 @@ class _Run:
         notes: dict[str, Any] = {}
         if self.retries:
             notes["rollbacks_after_nan"] = self.retries
-        if getattr(self.env, "restarts", 0):
-            notes["worker_restarts"] = int(self.env.restarts)
+        restarts = getattr(self.env, "restarts", 0)
+        if restarts:
+            notes["worker_restarts"] = int(restarts)
         result = Result(
             str(self.folder), c.algo, c.env, c.seed, steps, self.seconds, self.learning_seconds,
             steps / max(self.learning_seconds, 1e-9), final.to_json(), best.to_json(), entry.threshold,

@@ -225,8 +225,9 @@ class PPO:
             if state is None:
                 state = torch.zeros(obs.shape[0], 2, self.config.lstm_size, device=self.device)
             output, value, states = self.policy(self._normalized(obs).unsqueeze(0), state)
+            assert states is not None
             output, value, state = output[0], value[0], states[0]
-            extras["state"] = state
+            extras["state"] = states[0]
         else:
             output, value, _ = self.policy(self._normalized(obs))
         dist = self._distribution(output, mask)
@@ -261,7 +262,7 @@ class PPO:
         discount = c.gamma * (~batch.terminated).float()
         advantage = gae(reward, old_value, self._next_values(batch), discount, boundary, c.gae_lambda)
         target = advantage + old_value
-        fields = dict(
+        fields: dict[str, Any] = dict(
             obs=obs, action=batch.action, log_prob=batch.extras["log_prob"], value=old_value, advantage=advantage, target=target
         )
         if batch.mask is not None:
@@ -295,7 +296,7 @@ class PPO:
                 break
         if self.obs_norm is not None:
             self.obs_norm.update(batch.obs)
-        metrics = dict(zip(FIGURES, figures / updates, strict=True))
+        metrics: dict[str, Tensor] = dict(zip(FIGURES, figures / updates, strict=True))
         residual = target.var()
         metrics.update(
             grad_norm=norms / updates, explained_variance=1 - (target - old_value).var() / residual.clamp(min=1e-12),
@@ -368,7 +369,7 @@ class PPO:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "CartPole": dict(
-        total_steps=100_000, num_envs=32, rollout_steps=64, epochs=10, minibatches=4, lr=1.5e-3, gamma=0.98, gae_lambda=0.8,
+        total_steps=100_000, num_envs=32, rollout_steps=64, epochs=6, minibatches=4, lr=3e-3, normalize_reward=True,
         eval_every=4_000,
     ),
     "Acrobot": dict(total_steps=250_000, num_envs=32, rollout_steps=64, epochs=4, minibatches=8, lr=1e-3, entropy_coef=0.01),

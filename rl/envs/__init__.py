@@ -1,8 +1,7 @@
 """Environments: the suite's own, compiled, and everybody else's behind the same interface.
 
-`make_vec` is the one door. Importing this package loads neither torch nor numba nor gymnasium. Our envs are known to Gymnasium under
-`rl/CartPole-v1` and so on, through an entry point of the installed package; in a tree that is not installed, import
-`rl.envs.registration`.
+`make_vec` is the one door. Importing this package loads neither torch nor numba nor gymnasium. `import rl.envs.registration` makes
+ours known to Gymnasium as `rl/CartPole-v1` and so on.
 """
 
 from collections.abc import Mapping
@@ -64,7 +63,7 @@ def make_vec(
         how = {word: chosen.pop(word) for word in ("workers", "hang_timeout", "render") if word in chosen}
         if time_limit != "spec":
             chosen["time_limit"] = 0 if time_limit is None else time_limit
-        return make_foreign(entry.name, num_envs, seed=seed, device=device, options=chosen, **how)
+        return make_foreign(entry.name, num_envs, seed=seed, device=device, options=chosen, **how)  # type: ignore[return-value]
     if chosen:
         word = next(iter(chosen))
         raise ConfigError(f"{entry.name} has no option {word!r}{registry.nearest(word, ['time_limit'])}")

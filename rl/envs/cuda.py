@@ -38,9 +38,7 @@ class CudaRunner:
 
     def step(self, action: torch.Tensor) -> None:
         stream = current_stream(action.device)
-        self._step[self._grid, self._block, stream](
-            self._views, device_array(action), self._limit, self._mode, self._error_view
-        )
+        self._step[self._grid, self._block, stream](self._views, device_array(action), self._limit, self._mode, self._error_view)
         self._tick[1, 1, stream](self._clock)
 
     def begin(self, flags: torch.Tensor) -> None:

@@ -268,7 +268,7 @@ class ForeignVecEnv:
             self._bounds = torch.from_numpy(self.single_action_space.low), torch.from_numpy(self.single_action_space.high)
         self.obs = on_device["obs"]
         self.episode_return, self.episode_length = on_device["episode_return"], on_device["episode_length"]
-        self.episode_over: torch.Tensor | None = on_device["over"]
+        self.episode_over = on_device["over"]
         self.action_mask: torch.Tensor | None = on_device.get("mask")
         self._step = Step(self.obs, on_device["reward"], on_device["terminated"], on_device["truncated"], on_device["final_obs"])
 

@@ -1,7 +1,7 @@
 """The suite's own envs in Gymnasium's registry: `rl/CartPole-v1` and so on, alone or as a vector.
 
-Gymnasium calls `register_envs` at its import, through the entry point `gymnasium.envs`; importing this module does the same, and
-a second time does nothing. Neither torch nor numba is imported before an env is made.
+Importing this module registers them (Gymnasium 1.x has no entry point for it); so does `gymnasium.make` when it is given the
+module's name, "rl.envs.registration:rl/CartPole-v1". Neither torch nor numba is imported before an env is made.
 """
 
 from gymnasium.envs.registration import register, registry
@@ -13,7 +13,7 @@ __all__ = ["register_envs"]
 
 def register_envs() -> None:
     """Tell Gymnasium about every native env that it does not know yet."""
-    # Not `suite.envs()`: that would import other packages in the middle of Gymnasium's own import.
+    # Not `suite.envs()`: others register their envs with Gymnasium themselves.
     for entry in suite._RESIDENTS:
         if entry.players == 1 and entry.id not in registry:
             register(

@@ -25,11 +25,13 @@ def lstm(x: Tensor, state: Tensor, going: Tensor | None, cell: nn.LSTM) -> tuple
     `going` [T, B] float32 is 0 where a row is the first of an episode: the memory is cleared before it. Gradients flow to x and
     to the weights, not to `state` and not from the memories returned.
     """
-    gates = torch.nn.functional.linear(x, cell.weight_ih_l0, cell.bias_ih_l0 + cell.bias_hh_l0)  # [T, B, 4H]
+    named: dict[str, Any] = dict(cell.named_parameters())
+    weight = named["weight_hh_l0"]
+    gates = torch.nn.functional.linear(x, named["weight_ih_l0"], named["bias_ih_l0"] + named["bias_hh_l0"])  # [T, B, 4H]
     if x.device.type == "cpu":
-        y, states = _Scan.apply(gates, cell.weight_hh_l0, state, going)  # type: ignore[misc]
+        y, states = _Scan.apply(gates, weight, state, going)  # type: ignore[misc]
         return y, states
-    return _steps(gates, cell.weight_hh_l0, state, going)
+    return _steps(gates, weight, state, going)
 
 
 def _steps(gates: Tensor, weight: Tensor, state: Tensor, going: Tensor | None) -> tuple[Tensor, Tensor]:

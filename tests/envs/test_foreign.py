@@ -121,7 +121,7 @@ def test_constructor_errors_reach_the_user() -> None:
 
 def test_it_is_a_vector_env_and_matches_gymnasium(make: Any) -> None:
     env: ForeignVecEnv = make("CartPole-v1", 3, seed=5, workers=2)
-    conforms: VectorEnv = env  # to the type checker too
+    conforms: VectorEnv = env  # to the type checker too  # pyright: ignore[reportAssignmentType]
     assert isinstance(conforms, VectorEnv) and env.exact_resume is False and env.action_mask is None
     singles = [gymnasium.make("CartPole-v1") for _ in range(3)]
     expected = np.stack([single.reset(seed=seeds_for(5, i)[0])[0] for i, single in enumerate(singles)])

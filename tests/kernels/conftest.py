@@ -17,7 +17,7 @@ def compile_ptx(monkeypatch) -> Callable[..., str]:
         # numba-cuda asks the current device what to compile a callee for, even when the caller was told: answer for it.
         monkeypatch.setattr(dispatcher, "get_current_device", lambda: SimpleNamespace(compute_capability=cc))
         try:
-            ptx, _ = cuda.compile_ptx(kernel, signature, cc=cc)
+            ptx, _ = cuda.compile_ptx(kernel, signature, cc=cc)  # pyright: ignore[reportPrivateImportUsage]
         except Exception as error:
             if type(error).__name__ in ("DynamicLibNotFoundError", "NvvmSupportError"):
                 pytest.skip(f"no CUDA compiler: {error}")

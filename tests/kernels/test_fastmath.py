@@ -120,7 +120,7 @@ def test_ptx_has_no_float64(compile_ptx, cc):
     from numba import cuda
 
     def kernel(x, out):
-        i = cuda.grid(1)
+        i = cuda.grid(1)  # pyright: ignore[reportCallIssue]
         if i < x.shape[0]:
             sin, cos = sincos(x[i])
             out[i] = sin + cos + tanh(x[i]) + wrap_angle(x[i])

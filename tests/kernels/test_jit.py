@@ -341,7 +341,7 @@ def test_addresses():
 
     @driver
     def through_pointer(array, n):
-        view = numba.carray(as_pointer(address_of(array)), (n,), np.float64)
+        view = numba.carray(as_pointer(address_of(array)), (n,), np.float64)  # pyright: ignore[reportPrivateImportUsage]
         view[1] = 5.0
         return view.sum()
 

@@ -371,11 +371,11 @@ def test_numbers_are_checked(data):
             lambda_returns(**plain, lam=lam)
     for n in (0, -1, 2.0, True):
         with pytest.raises(ValueError, match="n must be a positive integer"):
-            nstep_returns(**plain, n=n)
+            nstep_returns(**plain, n=n)  # pyright: ignore[reportArgumentType]
     for name in ("clip_rho", "clip_c", "clip_pg_rho"):
         with pytest.raises(ValueError, match=f"{name} must be positive"):
-            vtrace(zero, **data, **{name: 0.0})
-        vtrace(zero, **data, **{name: float("inf")})
+            vtrace(zero, **data, **{name: 0.0})  # pyright: ignore[reportArgumentType]
+        vtrace(zero, **data, **{name: float("inf")})  # pyright: ignore[reportArgumentType]
 
 
 def test_numba_cuda_is_not_imported_on_the_cpu():

@@ -254,7 +254,7 @@ def test_every_number_of_the_key_counts():
     for field in range(5):
         for bit in range(32):
             key = list(KEY)
-            key[field] ^= 1 << bit
+            key[field] ^= 1 << bit  # pyright: ignore[reportArgumentType, reportCallIssue]
             assert not np.any(draw_bits(8, tuple(key)) == base)
 
 
@@ -266,7 +266,7 @@ def test_ptx_has_no_float64(compile_ptx, cc):
     from numba import cuda
 
     def kernel(reals, integers, seed, clock):
-        i = cuda.grid(1)
+        i = cuda.grid(1)  # pyright: ignore[reportCallIssue]
         if i < reals.shape[0]:
             key = (np.uint32(seed), np.uint32(0), np.uint32(i), np.uint32(clock), rng.STREAM_STEP)
             a, b, c, d = rng.uniform4(key, np.uint32(4))

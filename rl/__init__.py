@@ -2,7 +2,7 @@
 
     result = rl.train(algo="ppo", env="CartPole", seed=1)
     agent = rl.load(result.run)
-    action = agent.predict(obs, deterministic=True)
+    action, _ = agent.predict(obs, deterministic=True)
 
 Importing `rl` imports nothing else: each function fetches what it needs when it is called.
 """

@@ -48,7 +48,7 @@ def evaluate(agent: Any, env: VectorEnv, episodes: int, seed: int, env_steps: in
     Every env plays a fixed share of the episodes: to take the first to end would favour short ones.
 
     Raises:
-        RuntimeError: when an episode does not end within a million steps.
+        RunError: when an episode does not end within a million steps.
     """
     quota = torch.full((env.num_envs,), episodes // env.num_envs)
     quota[: episodes % env.num_envs] += 1
@@ -74,7 +74,7 @@ def evaluate(agent: Any, env: VectorEnv, episodes: int, seed: int, env_steps: in
             if left <= 0:
                 break
     else:
-        raise RuntimeError(f"{env.name}: {left} of {episodes} evaluation episodes did not end within {_NO_END:,} steps; set env.time_limit")
+        raise RunError(f"{env.name}: {left} of {episodes} evaluation episodes did not end within {_NO_END:,} steps; set env.time_limit")
     score = torch.cat(returns).double().cpu().numpy()
     length = torch.cat(lengths).double().mean().item()
     return Evaluation(env_steps, float(score.mean()), float(score.std()), float(score.min()), float(score.max()), len(score), float(length))

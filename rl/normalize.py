@@ -7,7 +7,11 @@ from rl.kernels.returns import discounted_returns
 
 
 class RunningNorm(nn.Module):
-    """Mean and variance of all vectors seen, by the parallel update of Chan, Golub, LeVeque (1979), in float64."""
+    """Mean and variance of all vectors seen, by the parallel update of Chan, Golub, LeVeque (1979), in float64.
+
+    `prior` samples of variance 1 count in the scale: a number that is the same in all first states (a velocity) would otherwise
+    be blown up to the clipping range as soon as it moves.
+    """
 
     mean: Tensor
     var: Tensor
@@ -15,9 +19,9 @@ class RunningNorm(nn.Module):
     shift: Tensor
     scale: Tensor
 
-    def __init__(self, shape: tuple[int, ...], clip: float = 10.0, epsilon: float = 1e-8):
+    def __init__(self, shape: tuple[int, ...], clip: float = 10.0, epsilon: float = 1e-8, prior: float = 0.0):
         super().__init__()
-        self.clip, self.epsilon = clip, epsilon
+        self.clip, self.epsilon, self.prior = clip, epsilon, prior
         self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
@@ -42,7 +46,7 @@ class RunningNorm(nn.Module):
 
     def _refresh(self) -> None:
         self.shift.copy_(self.mean)
-        self.scale.copy_(torch.rsqrt(self.var + self.epsilon))
+        self.scale.copy_(torch.rsqrt(self.var + self.epsilon + self.prior / (1.0 + self.count)))
 
     def forward(self, x: Tensor) -> Tensor:
         """(x - mean) / std, clipped to [-clip, clip], float32."""

@@ -36,14 +36,15 @@ class FlatAdam:
         first = params[0]
         flat = torch.empty(sum(p.numel() for p in params), device=first.device)
         self.grad = torch.zeros_like(flat)
-        self.offsets: dict[int, int] = {}  # id of a parameter -> where it lies
+        names = {id(p): name for name, p in module.named_parameters()}
+        self._spans: dict[str, slice] = {}  # name of a parameter -> where it lies
         start = 0
         for p in params:
             span = slice(start, start + p.numel())
             flat[span] = p.detach().reshape(-1)
             p.data = flat[span].view(p.shape)
             p.grad = self.grad[span].view(p.shape)
-            self.offsets[id(p)] = start
+            self._spans[names[id(p)]] = span
             start += p.numel()
         self.param = nn.Parameter(flat)
         self.param.grad = self.grad
@@ -94,14 +95,26 @@ class FlatAdam:
         return [self.param, self.grad, self.exp_avg, self.exp_avg_sq, self._torch.state[self.param]["step"]]
 
     def state_dict(self) -> dict[str, Any]:
+        """Steps taken and Adam's moments by the parameter's name: the order in memory is not part of the state."""
         steps = int(self._torch.state[self.param]["step"]) if self._torch is not None else self.steps
-        return {"steps": steps, "exp_avg": self.exp_avg.clone(), "exp_avg_sq": self.exp_avg_sq.clone()}
+        order = sorted(self._spans)
+        return {
+            "steps": steps,
+            "exp_avg": {name: self.exp_avg[self._spans[name]].clone() for name in order},
+            "exp_avg_sq": {name: self.exp_avg_sq[self._spans[name]].clone() for name in order},
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in ("exp_avg", "exp_avg_sq"):
-            if state[name].shape != self.param.shape:
-                raise ValueError(f"saved {name} has {list(state[name].shape)} numbers, this network {list(self.param.shape)}")
-            getattr(self, name).copy_(state[name])
+        """Restore. ValueError where the saved moments belong to other parameters."""
+        for kind in ("exp_avg", "exp_avg_sq"):
+            saved = state[kind]
+            if set(saved) != set(self._spans):
+                raise ValueError(f"saved {kind} is of {', '.join(sorted(saved))}; this network has {', '.join(sorted(self._spans))}")
+            for name, span in self._spans.items():
+                mine = getattr(self, kind)[span]
+                if mine.shape != saved[name].shape:
+                    raise ValueError(f"saved {kind} of {name} has {saved[name].numel()} numbers, this network {mine.numel()}")
+                mine.copy_(saved[name])
         self.steps = int(state["steps"])
         if self._torch is not None:
             self._torch.state[self.param]["step"].fill_(self.steps)

@@ -73,6 +73,7 @@ def run_train(resolved: Resolved, display: Display) -> Result:
     parts = _Run(resolved, display)
     try:
         create_run_folder(resolved)
+        parts.lock()
         return parts.go()
     finally:
         parts.close()
@@ -84,6 +85,7 @@ def run_resume(folder: Path, overrides: Any, display: Display) -> Result:
     display.total_steps = resolved.common.total_steps
     parts = _Run(resolved, display)
     try:
+        parts.lock()
         checkpoints = folder / "checkpoints"
         if _checkpoint.list_checkpoints(checkpoints):
             state, _, skipped = _checkpoint.load_latest_good(checkpoints)
@@ -133,7 +135,10 @@ class _Run:
             resolved.env_entry.name, c.num_envs, seed=stream_seed(c.seed, 1), device=self.device, threads=c.env_threads,
             **c.env_options,
         )  # fmt: skip
+        threshold = resolved.env_entry.threshold
+        self.threshold: float | None = threshold if threshold is not None else getattr(self.env, "reward_threshold", None)
         try:
+            self._check_threshold()
             self.agent = build_agent(resolved, self.env, c.num_envs, self.device)
             self.rollout = Rollout(self.env, resolved.algo.rollout_steps)
         except BaseException:
@@ -154,7 +159,12 @@ class _Run:
         self.good: Any = None  # the last state known to be finite
         self.last_save = time.perf_counter()
         self.stop_requested = False
+        self._lock: Any = None
         self.sound = False  # whether the last iteration was looked at and found finite: nothing else is saved
+
+    def _check_threshold(self) -> None:
+        if self.common.stop_at_threshold and self.threshold is None:
+            raise ConfigError(f"stop_at_threshold=true: {self.common.env} has no threshold of reward")
 
     # -- the run -----------------------------------------------------------------------------------------------------
 
@@ -180,11 +190,19 @@ class _Run:
 
     def _iterate(self) -> None:
         c = self.common
+        if c.stop_at_threshold and self.reached is not None:
+            return  # resumed behind the evaluation that ends it
         graphs = c.compile and self.device.type == "cuda" and self.env.exact_resume
         loop = on_policy(self.agent, self.env, self.rollout, c.total_steps, self.loop_state, graphs)
         while True:
             before = time.perf_counter()
-            progress = next(loop, None)
+            try:
+                progress = next(loop, None)
+            except ValueError as error:  # an env refuses an action that is not a number
+                wrong = self._not_finite()
+                if not wrong:
+                    raise
+                raise _NotFinite(", ".join(wrong)) from error
             self.learning_seconds += time.perf_counter() - before
             if progress is None:
                 return
@@ -211,7 +229,9 @@ class _Run:
         names = list(progress.metrics)
         values = torch.stack([torch.as_tensor(x, dtype=torch.float32, device=self.device) for x in progress.metrics.values()]).tolist()
         metrics = dict(zip(names, values, strict=True))
-        wrong = self.rollout.not_finite() + [name for name, value in metrics.items() if not math.isfinite(value)]
+        # Other figures may be infinite in a healthy run: a KL of a ratio that clipping keeps from the loss, say.
+        vital = [name for name in names if name.endswith(("_loss", "grad_norm"))]
+        wrong = self.rollout.not_finite() + [name for name in vital if not math.isfinite(metrics[name])]
         if wrong:
             raise _NotFinite(", ".join(wrong))
         check = getattr(self.env, "check_errors", None)
@@ -238,6 +258,13 @@ class _Run:
             shown["eval"] = self.evaluations[-1].mean
         self.display.update(steps, shown)
 
+    def _not_finite(self) -> list[str]:
+        """What the next action is made from and is not a number."""
+        obs = self.env.obs
+        wrong = ["observation"] if obs.is_floating_point() and not bool(torch.isfinite(obs).all()) else []
+        leaves = _leaves(self.agent.state_dict(), "agent")
+        return wrong + [name for name, x in leaves if x.is_floating_point() and not bool(torch.isfinite(x).all())]
+
     def _save_is_due(self) -> bool:
         return time.perf_counter() - self.last_save >= self.common.checkpoint_seconds
 
@@ -251,8 +278,7 @@ class _Run:
         best = max((e.mean for e in self.evaluations), default=-math.inf)
         self.evaluations.append(result)
         self.logger.log(steps, {"eval/mean_reward": result.mean, "eval/std_reward": result.std, "eval/mean_ep_length": result.length})
-        threshold = self.resolved.env_entry.threshold
-        reached = threshold is not None and result.mean >= threshold
+        reached = self.threshold is not None and result.mean >= self.threshold
         if reached and self.reached is None:
             self.reached = (steps, self.seconds)
         if result.mean >= best:  # of equal ones the later, as `checkpoint.find` and the result have it
@@ -270,16 +296,16 @@ class _Run:
             self.evaluations.append(final)
         best = max(self.evaluations, key=lambda e: (e.mean, e.env_steps))
         self.save()
-        entry, c = self.resolved.env_entry, self.common
+        c = self.common
         notes: dict[str, Any] = {}
         if self.retries:
             notes["rollbacks_after_nan"] = self.retries
-        restarts = getattr(self.env, "restarts", 0)
+        restarts = getattr(self.env, "restarts", 0) + getattr(self.eval_env, "restarts", 0)
         if restarts:
             notes["worker_restarts"] = int(restarts)
         result = Result(
             str(self.folder), c.algo, c.env, c.seed, steps, self.seconds, self.learning_seconds,
-            steps / max(self.learning_seconds, 1e-9), final.to_json(), best.to_json(), entry.threshold,
+            steps / max(self.learning_seconds, 1e-9), final.to_json(), best.to_json(), self.threshold,
             self.reached[0] if self.reached else None, self.reached[1] if self.reached else None,
             [e.to_json() for e in self.evaluations], notes,
         )  # fmt: skip
@@ -319,12 +345,13 @@ class _Run:
     def restore(self, state: dict[str, Any]) -> None:
         """Put a checkpoint's state into every part. RunError where it does not fit the configuration."""
         try:
-            self.agent.load_state_dict(state["agent"])
-            self.env.load_state_dict(state["env"])
+            self._restore(state)
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-            raise RunError(f"the checkpoint does not fit this run's configuration: {error}") from error
-        if not self.env.exact_resume:
-            self.display.message(f"{self.env.name} cannot be restored: its envs begin new episodes (the agent goes on exactly)")
+            raise RunError(f"the checkpoint does not fit this run's configuration: {error!r}") from error
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.agent.load_state_dict(state["agent"])
+        self.env.load_state_dict(state["env"])
         self.loop_state.load_state_dict(state["loop"])
         run = state["run"]
         self.returns, self.lengths = deque(run["returns"], WINDOW), deque(run["lengths"], WINDOW)
@@ -333,7 +360,14 @@ class _Run:
         self.reached = tuple(run["reached"]) if run["reached"] else None
         self.learning_seconds, self.earlier_seconds = run["learning_seconds"], run["wall_seconds"]
         self.resumed_at = self.loop_state.env_steps
-        if not self.env.exact_resume and self.loop_state.recurrent is not None:
+        if not self.env.exact_resume:
+            self.display.message(f"{self.env.name} cannot be restored: its envs begin new episodes (the agent goes on exactly)")
+            self._begin_episodes()
+
+    def _begin_episodes(self) -> None:
+        """Every env has begun a new episode that the agent knows nothing of."""
+        self.agent.begin_episodes()
+        if self.loop_state.recurrent is not None:
             self.loop_state.recurrent = torch.zeros_like(self.loop_state.recurrent)
 
     # -- what may go wrong ---------------------------------------------------------------------------------------------
@@ -360,10 +394,23 @@ class _Run:
         seed = stream_seed(self.common.seed, 6, retries)
         self.agent.reseed(seed)
         self.env.reset(seed)
-        if self.loop_state.recurrent is not None:
-            self.loop_state.recurrent = torch.zeros_like(self.loop_state.recurrent)
+        self._begin_episodes()
+
+    def lock(self) -> None:
+        """Keep the run's folder to this process. RunError where another one works in it."""
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return
+        self._lock = open(self.folder / ".lock", "w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunError(f"another process is at work in {self.folder}") from error
 
     def close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
         for part in (self.env, self.eval_env, self.logger):
             if part is not None:
                 part.close()
@@ -401,6 +448,13 @@ def clone(tree: Any) -> Any:
     if isinstance(tree, list | tuple):
         return type(tree)(clone(value) for value in tree)
     return tree
+
+
+def _leaves(tree: Any, name: str) -> list[tuple[str, torch.Tensor]]:
+    if isinstance(tree, torch.Tensor):
+        return [(name, tree)]
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list | tuple) else ()
+    return [leaf for key, value in items for leaf in _leaves(value, f"{name}/{key}")]
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -104,5 +104,5 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(TypeError, match="float32"):
         FlatAdam(net().double(), 1e-3, 1e-5)
     saved = FlatAdam(nn.Linear(2, 2), 1e-3, 1e-5).state_dict()
-    with pytest.raises(ValueError, match=r"saved exp_avg has \[6\] numbers, this network \[115\]|saved exp_avg has \[6\]"):
+    with pytest.raises(ValueError, match="saved exp_avg"):
         FlatAdam(net(), 1e-3, 1e-5).load_state_dict(saved)

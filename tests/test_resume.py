@@ -156,7 +156,9 @@ def assert_same(folder, wanted):
         for name in a:
             same = torch.equal(a[name], b[name]) if isinstance(a[name], torch.Tensor) else a[name] == b[name]
             assert same, f"{part}{name}"
-    assert {"/policy/actor.0.weight", "/optimizer/exp_avg", "/optimizer/exp_avg_sq", "/generator"} <= set(flat(ours["agent"]))
+    assert {"/policy/actor.0.weight", "/optimizer/exp_avg/actor.0.weight", "/optimizer/exp_avg_sq/critic.0.bias", "/generator"} <= set(
+        flat(ours["agent"])
+    )
     for key in ("returns", "lengths", "evaluations", "next_eval"):
         assert ours["run"][key] == theirs["run"][key], key
     assert rows(folder) == rows(wanted)  # none lost, none twice

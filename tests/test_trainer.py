@@ -230,6 +230,16 @@ def test_constant_rates_make_a_longer_run_equal_to_one_that_was_long_from_the_st
     assert equal(last(folder), last(train(**settings, total_steps=1024)[1]))
 
 
+def test_resuming_behind_the_evaluation_that_ended_a_run_learns_nothing_more(train, monkeypatch):
+    fake_scores(monkeypatch, {128: 30.0, 256: 480.0, 384: 490.0})
+    result, folder = train(eval_every=128, stop_at_threshold=True)
+    assert result.env_steps == 256
+    before = last(folder)
+    again = rl.resume(folder, quiet=True)
+    assert again.env_steps == 256 and again.threshold_step == 256
+    assert equal(before, last(folder))
+
+
 # --- NaN and Inf ------------------------------------------------------------------------------------------------------------
 
 
@@ -307,11 +317,19 @@ def test_one_nan_is_named_dumped_and_rolled_back(train, monkeypatch, heard, wher
     elif where == "reward":
         assert torch.isinf(rollout["reward"]).any()
     else:
-        assert torch.isnan(flat(state["agent"])["/optimizer/exp_avg"]).any()
+        assert any(torch.isnan(x).any() for name, x in flat(state["agent"]).items() if name.startswith("/optimizer/exp_avg/"))
     # Metrics go on, no step twice, nothing but numbers.
     steps = [int(row["step"]) for row in rows(folder) if row["train/value_loss"]]
     assert steps == list(range(64, 513, 64))
     assert not any(value in ("nan", "inf") for row in rows(folder) for name, value in row.items() if name.startswith("train/"))
+
+
+def test_a_nan_observation_is_named_where_the_env_refuses_the_action_made_from_it(train, monkeypatch, heard):
+    """Continuous actions: NaN in, NaN out, and a compiled env raises in the middle of the rollout."""
+    poison(monkeypatch, "observation", lambda k: k == 70)
+    result, _ = train(env="Pendulum", checkpoint_seconds=0, eval_every=10_000, log_every=300)
+    assert result.env_steps == 512 and result.notes == {"rollbacks_after_nan": 1}
+    assert len(heard) == 1 and "observation" in heard[0] and "going back to step 256" in heard[0]
 
 
 def test_after_the_rollback_it_is_another_path(train, monkeypatch, heard):

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import gymnasium
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -32,7 +33,7 @@ from rl.distributions import Distribution, distribution, head_size
 from rl.kernels.actor_critic import TwinMLP
 from rl.kernels.lstm import lstm
 from rl.kernels.returns import gae
-from rl.networks import ConvEncoder, is_image, mlp
+from rl.networks import ACTIVATIONS, ConvEncoder, is_image, mlp
 from rl.normalize import RewardNorm, RunningNorm
 from rl.optim import FlatAdam
 from rl.rollout import RolloutBatch
@@ -90,6 +91,29 @@ class Config:
     fused: bool = True
     """Small tanh networks on the CPU: use the loss's derivative written out by hand, five times faster than autograd."""
 
+    def __post_init__(self) -> None:
+        wrong = [
+            (self.rollout_steps < 1, "rollout_steps must be at least 1"),
+            (self.epochs < 1, "epochs must be at least 1"),
+            (self.minibatches < 1, "minibatches must be at least 1"),
+            (not self.lr >= 0, "lr must be 0 or more"),
+            (not 0 <= self.gamma <= 1, "gamma must be in [0, 1]"),
+            (not 0 <= self.gae_lambda <= 1, "gae_lambda must be in [0, 1]"),
+            (not self.clip > 0, "clip must be above 0"),
+            (self.value_clip is not None and not self.value_clip > 0, "value_clip must be above 0, or null"),
+            (not self.value_coef >= 0, "value_coef must be 0 or more"),
+            (not self.entropy_coef >= 0, "entropy_coef must be 0 or more"),
+            (not self.max_grad_norm > 0, "max_grad_norm must be above 0"),
+            (self.target_kl is not None and not self.target_kl > 0, "target_kl must be above 0, or null"),
+            (any(width < 1 for width in self.hidden), "every width in hidden must be at least 1"),
+            (self.activation not in ACTIVATIONS, f"activation must be one of {', '.join(ACTIVATIONS)}"),
+            (self.features < 1, "features must be at least 1"),
+            (self.lstm_size < 0, "lstm_size must be 0 or more"),
+        ]
+        for broken, rule in wrong:
+            if broken:
+                raise ValueError(rule)
+
 
 class ActorCritic(nn.Module):
     """Policy and value: separate networks on vectors; shared convolutions on pictures; with an LSTM a shared body."""
@@ -108,7 +132,7 @@ class ActorCritic(nn.Module):
         if config.lstm_size:
             if hidden:
                 body = mlp((width, *hidden), config.activation, 2.0**0.5, generator)
-                self.encoder = nn.Sequential(self.encoder, body, nn.Tanh())
+                self.encoder = nn.Sequential(self.encoder, body, ACTIVATIONS[config.activation]())
                 width = hidden[-1]
             self.lstm = nn.LSTM(width, config.lstm_size)
             for name, weight in self.lstm.named_parameters():
@@ -184,7 +208,8 @@ class PPO:
         self.obs_space, self.action_space = obs_space, action_space
         self.recurrent = config.lstm_size > 0
         self.num_envs = num_envs
-        init = torch.Generator().manual_seed(seed)
+        streams = np.random.SeedSequence(seed).generate_state(2, np.uint64)  # first weights and actions: not the same numbers
+        init = torch.Generator().manual_seed(int(streams[0] >> 1))
         self.policy = ActorCritic(obs_space, action_space, config, init).to(self.device)
         fused = config.fused and self.device.type == "cpu" and not compile and FusedPPO.fits(self.policy, action_space)
         order = TwinMLP.ordered(self.policy.actor, self.policy.critic) if fused else ()
@@ -195,9 +220,9 @@ class PPO:
         self.image = is_image(obs_space)
         if config.normalize_obs and self.image:
             raise ValueError("normalize_obs=true is for vectors; pictures are divided by 255")
-        self.obs_norm = RunningNorm(obs_space.shape or (1,)).to(self.device) if config.normalize_obs else None
+        self.obs_norm = RunningNorm(obs_space.shape or (1,), prior=1.0).to(self.device) if config.normalize_obs else None
         self.reward_norm = RewardNorm(num_envs, config.gamma).to(self.device) if config.normalize_reward else None
-        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.generator = torch.Generator(self.device).manual_seed(int(streams[1] >> 1))
         self._clip = torch.tensor(config.clip, device=self.device)
         self._forward: Any = self.policy
         self._update: Any = self.update
@@ -346,6 +371,7 @@ class PPO:
             "policy": self.policy.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
+            "generator_device": self.device.type,
         }
         for name in ("obs_norm", "reward_norm"):
             module = getattr(self, name)
@@ -357,10 +383,19 @@ class PPO:
         """Go on with other random numbers."""
         self.generator.manual_seed(seed)
 
+    def begin_episodes(self) -> None:
+        """All envs have been reset from outside: what was carried along in the running episodes is void."""
+        if self.reward_norm is not None:
+            self.reward_norm.carry.zero_()
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.policy.load_state_dict(state["policy"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["generator"].cpu())
+        if state["generator_device"] == self.device.type:
+            self.generator.set_state(state["generator"].cpu())
+        else:  # the generators of CPU and GPU have nothing in common: a new stream that follows from the old one
+            seed = np.random.SeedSequence(state["generator"].cpu().numpy().tolist()).generate_state(1, np.uint64)[0]
+            self.generator.manual_seed(int(seed >> 1))
         for name in ("obs_norm", "reward_norm"):
             module = getattr(self, name)
             if module is not None:

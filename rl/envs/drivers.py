@@ -17,11 +17,12 @@ import numpy as np
 from numba import carray, farray  # type: ignore[attr-defined]
 
 from rl.envs.spec import Spec
-from rl.kernels.jit import as_pointer, driver, load_acquire, scalar, scalar_call, store_release
+from rl.kernels.jit import address_of, as_pointer, driver, load_acquire, scalar, scalar_call, store_release
 from rl.kernels.rng import STREAM_RESET, STREAM_STEP
 
 SAME_STEP, NEXT_STEP, DISABLED = 0, 1, 2
 WRONG_SHAPE = -(2**62)  # a driver's answer to an action array of another size
+UNFINISHED = -(2**62) - 1  # a helper of the pool still works
 BLOCK = 1024  # envs in one two-pass block: its rows stay in the first-level cache
 NARROW = 64  # numbers per env up to which arrays lie struct-of-arrays
 
@@ -255,8 +256,8 @@ class CpuDrivers(NamedTuple):
 
     `step(table, action, lo, hi)`: envs lo..hi. `many(table, actions)`: a whole [T, B, ...] array at once (-1 - (t B + i) for
     an impossible action). `begin(table, flags)`: reset the envs whose bool is set. `prange(table, action)`: like `step` for all
-    envs, on Numba's own threads. `serve(table, control, lo, hi, spins)`: a pool thread's loop, see `rl.envs.pool`. `scan(table,
-    action)`: 0 where every action is possible; writes nothing.
+    envs, on Numba's own threads. `serve(table, control, lo, hi, spins)`: a pool thread's loop, see `rl.envs.pool`. `pooled(table,
+    action, controls, helpers, ticket, lo, hi, spins)`: all envs with the pool's helpers, UNFINISHED where one is not done in time.
     """
 
     step: Any
@@ -264,7 +265,7 @@ class CpuDrivers(NamedTuple):
     begin: Any
     prange: Any
     serve: Any
-    scan: Any
+    pooled: Any
     action_type: Any  # Numba's type of the action array
 
 
@@ -411,11 +412,12 @@ def cpu_drivers(spec: Spec) -> CpuDrivers:
         return 0
 
     @driver
-    def scan(table, action):
+    def pooled(table, action, controls, helpers, ticket, lo, hi, spins):
         head = carray(as_pointer(table), (3,), np.int64)
         if action.size != head[0] * width:
             return WRONG_SHAPE
         b = unpack(table)
+        # Looked through here and not by each thread in its block: one must not move while another finds something wrong.
         bad = False
         for i in range(np.uint64(head[0])):
             bad |= impossible(i, b, action)
@@ -423,7 +425,21 @@ def cpu_drivers(spec: Spec) -> CpuDrivers:
             for i in range(np.uint64(head[0])):
                 if impossible(i, b, action):
                     return -1 - np.int64(i)
-        return 0
+        for k in range(helpers):
+            store_release(controls + k * 64 + 8, address_of(action))
+            store_release(controls + k * 64, ticket)
+        ended = step_range(b, action, lo, hi, np.int32(head[1]), head[2])
+        k = 0
+        while k < helpers and spins > 0:
+            if load_acquire(controls + k * 64 + 16) == ticket:
+                ended += load_acquire(controls + k * 64 + 24)
+                k += 1
+            else:
+                spins -= 1
+        if k < helpers:
+            return UNFINISHED
+        b.clock[0] += 1
+        return ended
 
     # Compiled for just these types (from disk, mostly). A call with an array of another dtype, rank or layout is then a
     # TypeError, which `NativeVecEnv` takes as its cue to convert.
@@ -436,7 +452,7 @@ def cpu_drivers(spec: Spec) -> CpuDrivers:
         fix(begin_flagged, (number, numba.types.Array(numba.types.boolean, 1, "C"))),
         _Lazy(step_prange, (number, one)),
         _Lazy(serve, (number,) * 5),
-        _Lazy(scan, (number, one)),
+        _Lazy(pooled, (number, one, *(number,) * 6)),
         one,
     )
 
@@ -455,10 +471,13 @@ class _Lazy:
     def __init__(self, function: Any, signature: tuple[Any, ...]):
         self._function, self._signature, self._ready = function, signature, False
 
-    def __call__(self, *args: Any) -> Any:
+    def prepare(self) -> None:
         if not self._ready:
             fix(self._function, self._signature)
             self._ready = True
+
+    def __call__(self, *args: Any) -> Any:
+        self.prepare()
         return self._function(*args)
 
 

@@ -266,6 +266,7 @@ class ForeignVecEnv:
         self._bounds: tuple[torch.Tensor, torch.Tensor] | None = None
         if isinstance(self.single_action_space, gymnasium.spaces.Box):
             self._bounds = torch.from_numpy(self.single_action_space.low), torch.from_numpy(self.single_action_space.high)
+        self.reward_threshold: float | None = getattr(factory.spec, "reward_threshold", None)  # Gymnasium's, if it names one
         self.obs = on_device["obs"]
         self.episode_return, self.episode_length = on_device["episode_return"], on_device["episode_length"]
         self.episode_over = on_device["over"]
@@ -402,8 +403,8 @@ class ForeignVecEnv:
             if not lost_life:
                 a["final_obs"][i] = a["obs"][i]
                 a["truncated"][i] = True
-            a["over"][i] = True
-            a["episode_return"][i], a["episode_length"][i] = a["run_return"][i], a["run_length"][i]
+            a["over"][i] = False  # nobody knows how the episode would have ended: it counts in no score
+            a["episode_return"][i], a["episode_length"][i] = np.nan, 0
 
     def _restart(self, worker: _Worker, reason: str) -> None:
         while True:

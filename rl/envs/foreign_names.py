@@ -6,6 +6,7 @@ import os
 import pickle
 import pkgutil
 import sys
+import typing
 from typing import Any
 
 import gymnasium
@@ -138,8 +139,20 @@ def _check_target(name: str, module: str, path: str) -> None:
         raise ForeignEnvError(f"{name}: module {module!r} has no attribute {path!r}{hint}") from None
     if not callable(found):
         raise ForeignEnvError(f"{name}: {path!r} is a {type(found).__name__}; a gymnasium.Env class or a function that makes one is needed")
+    if not isinstance(found, type) and not _makes_env(found):
+        # A name may come from a stranger's config.yaml: os.system is a function too.
+        raise ForeignEnvError(f"{name}: function {path} must say that it makes an env: def {path}(...) -> gymnasium.Env")
     if isinstance(found, type) and not issubclass(found, (gymnasium.Env, gymnasium.vector.VectorEnv)):  # the latter: `build` explains
         raise ForeignEnvError(f"{name}: class {path} does not derive from gymnasium.Env")
+
+
+def _makes_env(function: Any) -> bool:
+    try:
+        made = typing.get_type_hints(function).get("return")
+    except Exception:  # hints that cannot be read promise nothing
+        return False
+    made = typing.get_origin(made) or made
+    return isinstance(made, type) and issubclass(made, (gymnasium.Env, gymnasium.vector.VectorEnv))
 
 
 def _atari_options(name: str, options: dict[str, Any]) -> dict[str, Any]:

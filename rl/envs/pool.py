@@ -7,30 +7,14 @@ on an event, so that an idle pool burns no core.
 """
 
 import threading
-from functools import cache
-from typing import Any
 
 import numpy as np
-from numba import types
 
-from rl.envs.drivers import WRONG_SHAPE, CpuDrivers, fix
-from rl.kernels.jit import address_of, driver, load_acquire, store_release
+from rl.envs.drivers import UNFINISHED, Buffers, CpuDrivers
+from rl.kernels.jit import driver, load_acquire
 
 _SPINS = 100_000  # looks at the counter before a thread goes to sleep: about 0.1 ms
 _WORDS = 8  # int64 per thread: one cache line, so that threads do not write into each other's
-
-
-@cache
-def publisher(action_type: Any) -> Any:
-    """A compiled `publish(controls, threads, ticket, action)` that takes action arrays of just this Numba type."""
-
-    @driver
-    def publish(controls, threads, ticket, action):
-        for k in range(threads):
-            store_release(controls + k * 64 + 8, address_of(action))
-            store_release(controls + k * 64, ticket)
-
-    return fix(publish, (types.int64, types.int64, types.int64, action_type))
 
 
 @driver
@@ -48,12 +32,10 @@ def _collect(controls, threads, ticket, spins):
 class ThreadPool:
     """`threads - 1` helpers beside the calling thread, each with its own range of envs."""
 
-    def __init__(self, drivers: CpuDrivers, table: int, num_envs: int, size: int, threads: int, clock: np.ndarray):
+    def __init__(self, drivers: CpuDrivers, table: int, num_envs: int, threads: int, arrays: Buffers):
         self._drivers = drivers
         self._table = table
-        self._size = size  # numbers in an action array
-        self._clock = clock
-        self._publish = publisher(drivers.action_type)
+        self._clock, self._terminated, self._truncated = arrays.clock, arrays.terminated, arrays.truncated
         edges = np.linspace(0, num_envs, threads + 1).astype(np.int64)
         self._own = (int(edges[0]), int(edges[1]))
         self._helpers = threads - 1
@@ -65,6 +47,9 @@ class ThreadPool:
         self._wake = [threading.Event() for _ in range(self._helpers)]
         self._asleep = [True] * self._helpers
         self._closed = False
+        self._failure: BaseException | None = None
+        drivers.pooled.prepare()
+        drivers.serve.prepare()  # here and not in the helpers, who would compile it side by side
         self._threads = [
             threading.Thread(target=self._serve, args=(k, int(edges[k + 1]), int(edges[k + 2])), daemon=True, name=f"rl-env-{k}")
             for k in range(self._helpers)
@@ -79,35 +64,52 @@ class ThreadPool:
             self._wake[k].clear()
             self._asleep[k] = False
             # A ticket raised between the last look and this line is seen at the next: the counter keeps it.
-            self._drivers.serve(self._table, control, lo, hi, _SPINS)
+            try:
+                self._drivers.serve(self._table, control, lo, hi, _SPINS)
+            except BaseException as error:  # the caller waits for this thread: tell it
+                self._failure = error
+                return
             self._asleep[k] = True
             if self._control[k, 0] != self._control[k, 2]:
                 self._wake[k].set()
 
     def step(self, action: np.ndarray) -> int:
         """Step all envs; the number of episodes ended, or -1 - i for an impossible action i, in which case none has moved."""
-        if action.size != self._size:
-            return WRONG_SHAPE
-        # Looked through here and not by each thread in its block: one must not move while another finds something wrong.
-        refused = self._drivers.scan(self._table, action)  # TypeError for an array of another type
-        if refused < 0:
-            return refused
-        self._publish(self._address, self._helpers, self._ticket + 1, action)
-        self._ticket += 1
         for k in range(self._helpers):
             if self._asleep[k]:
                 self._wake[k].set()
-        ended = self._drivers.step(self._table, action, *self._own)
-        while _collect(self._address, self._helpers, self._ticket, _SPINS) < self._helpers:
-            for k in range(self._helpers):  # one went to sleep as the ticket was raised
-                if self._asleep[k]:
-                    self._wake[k].set()
-        for k in range(self._helpers):
-            result = int(self._control[k, 3])
-            ended = ended + result if ended >= 0 and result >= 0 else (ended if ended < 0 else result)
-        if ended >= 0:
-            self._clock[0] += 1
+        ticket = self._ticket + 1
+        ended = self._drivers.pooled(self._table, action, self._address, self._helpers, ticket, *self._own, _SPINS)
+        if ended < 0 and ended != UNFINISHED:
+            return ended
+        self._ticket = ticket
+        if ended == UNFINISHED:
+            ended = self._wait()
         return ended
+
+    def _wait(self) -> int:
+        """The slow end of a step: some helper had gone to sleep, or its core was taken away."""
+        interrupted: BaseException | None = None
+        while True:
+            try:
+                while _collect(self._address, self._helpers, self._ticket, _SPINS) < self._helpers:
+                    if self._failure is not None:
+                        raise RuntimeError("a thread that steps envs has failed") from self._failure
+                    for k in range(self._helpers):
+                        if self._asleep[k]:
+                            self._wake[k].set()
+                break
+            except KeyboardInterrupt as error:  # nobody may still be reading `action` when this returns
+                interrupted = error
+        self._clock[0] += 1
+        if interrupted is not None:
+            raise interrupted
+        return int(self._control[:, 3].sum()) + self._own_ended()
+
+    def _own_ended(self) -> int:
+        """Episodes that ended in the calling thread's own block."""
+        lo, hi = self._own
+        return int((self._terminated[lo:hi] | self._truncated[lo:hi]).sum())
 
     def close(self) -> None:
         if self._closed:

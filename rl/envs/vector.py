@@ -173,8 +173,7 @@ class NativeVecEnv:
         if self.backend == "threads" and threads > 1 and whole > 1:
             from rl.envs.pool import ThreadPool
 
-            size = int(np.prod(self._action_shape))
-            self._pool = ThreadPool(made, address, whole, size, min(threads, whole), self._tensors["clock"].numpy())
+            self._pool = ThreadPool(made, address, whole, min(threads, whole), self._arrays())
             self._advance = self._pool.step
         elif self.backend == "prange":
             prange = made.prange
@@ -265,7 +264,8 @@ class NativeVecEnv:
         return self._out
 
     def step_many(self, actions: torch.Tensor) -> int | None:
-        """A whole [T, B, ...] array of actions in one compiled call; the number of episodes ended (None on CUDA).
+        """A whole [T, B, ...] array of actions in one compiled call (on CUDA: one launch per step, without waiting); the number
+        of episodes ended (None on CUDA).
 
         Only the last step's tensors remain to be read. For benchmarks and tests.
         """

@@ -63,6 +63,8 @@ class TwinMLP:
         found = self._memory.get(n)
         if found is None:
             outputs = [net[-1].out_features for net in self.nets]
+            if len(self._memory) >= 8:  # numbers of cut episodes differ from rollout to rollout: do not keep memory for each
+                self._memory.pop(next(iter(self._memory)))
             found = self._memory[n] = {
                 "hidden": [torch.empty(n, 2 * w) for w in self.widths],
                 "grads": [torch.empty(n, 2 * w) for w in self.widths],

@@ -7,6 +7,7 @@ the source of every compiled function it reaches and the value of every constant
 """
 
 import hashlib
+import importlib.util
 import os
 import pickle
 import sys
@@ -151,6 +152,7 @@ class _ContentCache:
         return Path(self.cache_path) / name
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
+        _postpone_scipy()
         target_context.refresh()
         try:
             raw = self._file(sig, target_context.codegen()).read_bytes()
@@ -186,6 +188,23 @@ class _ContentCache:
 
     def disable(self) -> None:
         pass
+
+
+def _postpone_scipy() -> None:
+    """Keep Numba from importing scipy.linalg (0.3 s) only to learn that there is a BLAS; `np.dot` in a kernel still imports it."""
+    if "numba.np.arraymath" in sys.modules or importlib.util.find_spec("scipy") is None:
+        return
+    from numba.np import linalg
+
+    real: Any = getattr(linalg, "ensure_blas", None)
+    if real is None:  # another version of Numba: it is only the time
+        return
+    linalg.ensure_blas = lambda: None
+    try:
+        from numba.np import arraymath
+    finally:
+        linalg.ensure_blas = real
+    arraymath.ensure_blas = real  # type: ignore[attr-defined]
 
 
 @intrinsic

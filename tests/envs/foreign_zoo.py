@@ -111,6 +111,10 @@ def make_walk(length: int = 3) -> Walk:
     return Walk(length)
 
 
+def unannotated(length: int = 3):  # what os.system looks like
+    return Walk(length)
+
+
 NOT_AN_ENV = 3
 
 

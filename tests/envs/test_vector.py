@@ -371,3 +371,15 @@ def test_bench_rows():
         ("threads", 1, "step"), ("threads", 8, "step"),
     ]  # fmt: skip
     assert all(0 < r["min"] <= r["median"] <= r["max"] for r in rows)
+
+
+def test_three_threads_in_a_fresh_process_do_not_wait_for_each_other():
+    """The loop of the helpers must be compiled before they enter it side by side."""
+    code = (
+        "import torch; from rl.envs import make_vec\n"
+        "env = make_vec('CartPole', 64, threads=4, backend='threads'); env.reset(1)\n"
+        "for _ in range(50): env.step(torch.zeros(64, dtype=torch.int64))\n"
+        "env.close(); print('done')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "done\n", done.stderr

@@ -98,27 +98,27 @@ _SUITE = "this suite's bar for PPO"
 _RESIDENTS = (
     EnvEntry(
         "CartPole", "rl.envs.cartpole:SPEC", "classic", "discrete", "vector",
-        time_limit=500, threshold=475.0, version=1, summary="keep a pole upright by pushing its cart left or right",
+        time_limit=500, threshold=475.0, random_score=22.0, version=1, summary="keep a pole upright by pushing its cart left or right",
         references=(Reference(475.0, _GYM), Reference(500.0, f"{_ZOO} 100k steps")),
     ),
     EnvEntry(
         "Acrobot", "rl.envs.acrobot:SPEC", "classic", "discrete", "vector",
-        time_limit=500, threshold=-100.0, version=1, summary="swing a two-link arm above a line by its middle joint",
+        time_limit=500, threshold=-100.0, random_score=-499.0, version=1, summary="swing a two-link arm above a line by its middle joint",
         references=(Reference(-100.0, _GYM), Reference(-73.5, f"{_ZOO} 1M steps")),
     ),
     EnvEntry(
         "MountainCar", "rl.envs.mountain_car:SPEC", "classic", "discrete", "vector",
-        time_limit=200, threshold=-125.0, version=0, summary="rock a weak car out of a valley, three pushes",
+        time_limit=200, threshold=-125.0, random_score=-200.0, version=0, summary="rock a weak car out of a valley, three pushes",
         references=(Reference(-125.0, f"{_SUITE} within 1M steps"), Reference(-110.0, _GYM), Reference(-110.4, f"{_ZOO} 1M steps")),
     ),
     EnvEntry(
         "MountainCarContinuous", "rl.envs.mountain_car_continuous:SPEC", "classic", "continuous", "vector",
-        time_limit=999, threshold=85.0, version=0, summary="rock a weak car out of a valley with as little force as possible",
+        time_limit=999, threshold=85.0, random_score=-33.0, version=0, summary="rock a weak car out of a valley with little force",
         references=(Reference(85.0, f"{_SUITE} within 300k steps"), Reference(90.0, _GYM)),
     ),
     EnvEntry(
         "Pendulum", "rl.envs.pendulum:SPEC", "classic", "continuous", "vector",
-        time_limit=200, threshold=-250.0, version=1, summary="swing a pendulum up and hold it with a limited torque",
+        time_limit=200, threshold=-250.0, random_score=-1227.0, version=1, summary="swing a pendulum up and hold it with a limited torque",
         references=(Reference(-250.0, f"{_SUITE} within 300k steps"), Reference(-172.0, f"{_ZOO} 100k steps")),
     ),
     EnvEntry(

@@ -302,7 +302,7 @@ def _gif_block(image: Image.Image, corner: tuple[int, int]) -> tuple[bytes, byte
 
 class _Mp4Writer:
     def __init__(self, path: Path, fps: float) -> None:
-        import imageio.v2 as imageio
+        import imageio.v2 as imageio  # type: ignore[import-not-found]
 
         self._fps = fps
         self._writer: Any = imageio.get_writer(path, format="FFMPEG", fps=fps, codec="libx264", macro_block_size=2, quality=8)  # type: ignore[arg-type]
@@ -340,8 +340,8 @@ def _check_out(path: Path) -> Path:
 
 def _check_mp4() -> None:
     try:
-        import imageio.v2  # noqa: F401
-        import imageio_ffmpeg
+        import imageio.v2  # type: ignore[import-not-found]  # noqa: F401
+        import imageio_ffmpeg  # type: ignore[import-not-found]
 
         imageio_ffmpeg.get_ffmpeg_exe()
     except (ImportError, RuntimeError) as error:

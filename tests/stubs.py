@@ -98,6 +98,12 @@ class CountingAgent:
         self.batches.append(RolloutBatch(**copied))
         return {"train/updates": torch.tensor(float(len(self.batches)))}
 
+    def reseed(self, seed: int) -> None:
+        raise NotImplementedError
+
+    def begin_episodes(self) -> None:
+        raise NotImplementedError
+
     def state_dict(self) -> dict[str, Any]:
         return {}
 

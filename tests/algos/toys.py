@@ -120,6 +120,12 @@ class Diary:
         self.metrics.append(self.agent.learn(batch))
         return self.metrics[-1]
 
+    def reseed(self, seed: int) -> None:
+        raise NotImplementedError
+
+    def begin_episodes(self) -> None:
+        raise NotImplementedError
+
     def state_dict(self) -> dict[str, Any]:
         return self.agent.state_dict()
 

@@ -36,7 +36,7 @@ def gradients(function, cell, x, weight):
     x.grad = None
     y, states = function()
     (y * weight).sum().backward()
-    return y.detach(), states.detach(), {"x": x.grad.clone(), **{name: p.grad.clone() for name, p in cell.named_parameters()}}
+    return y.detach(), states.detach(), {name: p.grad.clone() for name, p in [("x", x), *cell.named_parameters()]}
 
 
 def test_outputs_memories_and_every_gradient_equal_nn_lstm(parts):

@@ -43,7 +43,7 @@ class TrainConfig:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     total_steps: int = 100_000
-    """Length of training, env steps over all envs."""
+    """Length of training, env steps over all envs; rounded up to whole iterations of the loop."""
     num_envs: int = 8
     """Envs stepped side by side, count."""
     threads: int = 1

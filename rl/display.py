@@ -99,7 +99,7 @@ class PlainDisplay(Display):
     def _show(self, fields: Mapping[str, Any]) -> None:
         parts = [f"step {self._step:,}"]
         if self.total_steps:
-            parts[0] += f"/{self.total_steps:,} ({self._step / self.total_steps:.0%})"
+            parts[0] += f"/{self.total_steps:,} ({min(1.0, self._step / self.total_steps):.0%})"
         rate = self._rate()
         if rate is not None:
             parts.append(f"{number(rate)} steps/s")

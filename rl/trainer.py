@@ -96,6 +96,9 @@ def run_resume(folder: Path, overrides: Any, display: Display) -> Result:
                 _checkpoint.drop_after(checkpoints, parts.loop_state.env_steps)
         else:
             display.message("stopped before its first checkpoint: beginning again from step 0")
+        done = parts.loop_state.env_steps
+        if overrides and done >= resolved.common.total_steps:
+            raise ConfigError(f"the run stands at {done:,} env steps and is done; give a larger total_steps, or begin a new run")
         if overrides:
             rewrite_record(resolved)
         return parts.go()

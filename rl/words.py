@@ -141,7 +141,7 @@ class Slots:
             if optional:
                 return None
             raise wrong
-        if isinstance(value, bool) and inner in (int, float):
+        if inner in (int, float) and (isinstance(value, bool | str) or value != value):  # a str here: no number (nan, inf, words)
             raise wrong
         try:
             self._typed[key] = _plain(value)

@@ -34,6 +34,7 @@ import torch
 
 from rl.envs.foreign_names import ForeignEnvError, resolve_foreign
 from rl.envs.foreign_worker import Factory, layout, receive, seeds_for, send, views
+from rl.errors import RunError
 from rl.types import Step
 
 __all__ = ["ForeignEnvError", "ForeignVecEnv", "WorkerError", "make_foreign", "resolve_foreign"]
@@ -44,7 +45,7 @@ MAX_FAILURES = 10  # of one worker in a row, without a successful step between
 START_TIMEOUT = 120.0  # seconds to import and construct, at least: some envs compile or download at first use
 
 
-class WorkerError(RuntimeError):
+class WorkerError(RunError):
     """A worker could not be started, or kept failing. The message holds the worker's own traceback where there is one."""
 
 

@@ -13,6 +13,7 @@ import gymnasium
 
 from rl.envs import atari
 from rl.envs.foreign_worker import Factory, load
+from rl.errors import ConfigError
 
 ATARI_KEYS = (*atari.DEFAULTS, "sticky")
 # Import name -> (what to install, pip target)
@@ -25,7 +26,7 @@ _DEPENDENCIES = {
 _ENTRY_POINTS = {"ale_py": "ale_py", "gymnasium.envs.mujoco": "mujoco", "gymnasium.envs.box2d": "Box2D", "minatar": "minatar"}
 
 
-class ForeignEnvError(ValueError):
+class ForeignEnvError(ConfigError):
     """The name or the options of a foreign env are wrong, or what it needs is not installed. Raised before any worker starts."""
 
 
